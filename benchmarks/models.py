@@ -1,0 +1,53 @@
+"""Models and inputs that several benches share."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Setup
+from tdprobe import hf
+
+BATCH, TOKENS = 16, 32
+
+
+def toy_llama(layers: int) -> nn.Module:
+    """Return a Llama of width 64 with random weights, in which the cost of Python shows."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 128}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **sizes)).eval()
+
+
+@cache
+def _demo() -> hf.LoadedModel:
+    return hf.load("demo", dtype="float32")
+
+
+def language_model(setup: Setup) -> nn.Module:
+    """Return SmolLM2-135M (30 layers, width 576), or a toy."""
+    return toy_llama(3) if setup.tiny else _demo().model
+
+
+def random_batches(model: Any, count: int) -> list[dict[str, Tensor]]:
+    """Return batches of random token ids, without padding."""
+    generator = torch.Generator().manual_seed(0)
+    size = (BATCH, TOKENS)
+    vocabulary = model.config.vocab_size
+    return [{"input_ids": torch.randint(vocabulary, size, generator=generator)} for _ in range(count)]
+
+
+def text_batches(model: Any, setup: Setup, count: int) -> list[dict[str, Tensor]]:
+    """Return batches of the shipped corpus, padded; with a toy, random ids under a ragged mask."""
+    if setup.tiny:
+        lengths = TOKENS - torch.arange(BATCH).unsqueeze(1)
+        mask = (torch.arange(TOKENS) < lengths).long()
+        return [{**batch, "attention_mask": mask} for batch in random_batches(model, count)]
+    texts = [text for text in hf.read_texts("demo") if len(text) < 100]
+    found = hf.batches(texts, _demo().tokenizer, batch_size=BATCH, max_length=TOKENS)
+    return [dict(batch.inputs) for batch in islice(found, count)]

@@ -1,0 +1,31 @@
+"""Look inside live neural networks: cache activations, score every pair of layers, compare checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tdprobe._lazy import lazy
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "tdprobe.compare.sweep": ["LayerComparison", "compare_layers"],
+        "tdprobe.compare.layer_list": ["list_layers"],
+        "tdprobe.latent.activation_caching": ["ActivationCaching"],
+        "tdprobe.latent.scoring": ["LayerScoring"],
+        "tdprobe.latent.representation_similarity": ["CkaEstimator"],
+        "tdprobe.tables": ["ScoreTable"],
+        "tdprobe.errors": ["TdprobeError"],
+    },
+    modules=["compare", "contexts", "errors", "hf", "hooks", "latent", "modules", "registry", "stats", "tables", "viz"],
+)
+
+if TYPE_CHECKING:
+    from tdprobe.compare import LayerComparison, compare_layers, list_layers
+    from tdprobe.errors import TdprobeError
+    from tdprobe.latent.activation_caching import ActivationCaching
+    from tdprobe.latent.representation_similarity import CkaEstimator
+    from tdprobe.latent.scoring import LayerScoring
+    from tdprobe.tables import ScoreTable

@@ -1,0 +1,165 @@
+"""The hooks of a cache: what each direction captures, and how the capture stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tdprobe.contexts import Site
+from tdprobe.errors import StateError
+from tdprobe.hooks import (
+    Hook,
+    first_tensor,
+    get_direction,
+    keep,
+    lazy_copy,
+    mirror_gradient,
+    replace_first_tensor,
+)
+from tdprobe.hooks.gate import in_backward
+from tdprobe.stream.rows import token_rows
+
+if TYPE_CHECKING:
+    from tdprobe.latent.activation_caching import CachingContext
+
+
+def capture_hook(
+    context: CachingContext, module: nn.Module, site: Site, key: Any, callback: Callable[..., Any] | None
+) -> Hook:
+    """Return the hook that stores what ``module`` gives at ``site`` under ``key``."""
+    direction = get_direction(site.direction)
+    if direction.is_backward:
+        return Hook(module, site.direction, _backward_hook(context, site, key, callback))
+    if callback is not None or context.clause is not None:
+        return Hook(module, site.direction, _computing_hook(context, site, key, callback))
+    if direction.is_pre:
+        return Hook(module, site.direction, _input_hook(context, site, key))
+    # Keywords are asked for in any case: a module may hand back what it was given by name.
+    return Hook(module, "fwd_kwargs", _output_hook(context, site, key))
+
+
+def _output_hook(context: CachingContext, site: Site, key: Any) -> Callable[..., Any]:
+    admits = context.gate.admits
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not admits() or in_backward():
+            return None
+        value = output if type(output) is Tensor else _tensor_of(output, site)
+        kept = keep(value)
+        context.store(key, kept)
+        context.fired(site)
+        if not _has_gradient(value):
+            return None
+        if _is_given(value, args, kwargs) or not _laid_out_alike(kept, value):
+            mirror_gradient(value, kept)
+            return None
+        # Gradients reach what is kept only if the model goes on from it.
+        twin = lazy_copy(kept)
+        return twin if output is value else replace_first_tensor(output, twin)
+
+    return hook
+
+
+def _input_hook(context: CachingContext, site: Site, key: Any) -> Callable[..., None]:
+    admits = context.gate.admits
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not admits() or in_backward():
+            return
+        value = _tensor_of((args, kwargs), site)
+        kept = keep(value)
+        context.store(key, kept)
+        if _has_gradient(value):
+            mirror_gradient(value, kept)
+        context.fired(site)
+
+    return hook
+
+
+def _computing_hook(
+    context: CachingContext, site: Site, key: Any, callback: Callable[..., Any] | None
+) -> Callable[..., None]:
+    direction, admits = get_direction(site.direction), context.gate.admits
+
+    def hook(*passed: Any) -> None:
+        if not admits() or in_backward():
+            return
+        named = direction.named_arguments(passed)
+        if callback is not None:
+            value = callback(**named, key=site.name, direction=site.direction)
+        else:
+            value = (passed[1], passed[2]) if direction.is_pre else named[direction.read]
+        value = _tensor_of(value, site)
+        if context.clause is not None:
+            value = _selected(context, site, value)
+            if not len(value):
+                return
+        kept = keep(value)
+        context.store(key, kept)
+        if _has_gradient(value):
+            mirror_gradient(value, kept)
+        context.fired(site)
+
+    return hook
+
+
+def _backward_hook(
+    context: CachingContext, site: Site, key: Any, callback: Callable[..., Any] | None
+) -> Callable[..., None]:
+    direction, admits = get_direction(site.direction), context.gate.admits_backward
+
+    def hook(*passed: Any) -> None:
+        if not admits():
+            return
+        named = direction.named_arguments(passed)
+        value = named[direction.read]
+        if callback is not None:
+            value = callback(**named, key=site.name, direction=site.direction)
+        context.store(key, keep(_tensor_of(value, site)))
+        context.fired(site)
+
+    return hook
+
+
+def _selected(context: CachingContext, site: Site, value: Any) -> Tensor:
+    call, clause = context.tracker.call if context.tracker else None, context.clause
+    if call is None or clause is None:
+        raise StateError(
+            "tokens are selected by the inputs of the prepared model, and a module of it was called on its own; "
+            "prepare that module instead, or drop tokens="
+        )
+    if not isinstance(value, Tensor):
+        raise StateError(f"tokens are selected from a tensor, and {site.name!r} gave a {type(value).__name__}")
+    # A mean is taken in float32 at least; what is cached has the dtype of the activation.
+    return token_rows(site.name, value, clause.select(call)).to(value.dtype)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def _laid_out_alike(kept: Tensor, value: Tensor) -> bool:
+    """Tell whether the model can go on from ``kept`` and compute the same bits."""
+    return value.layout is torch.strided and not value.is_nested and kept.stride() == value.stride()
+
+
+def _is_given(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a module hands back (a view of) its input, or a parameter, which others may write to."""
+    base = value._base if value._is_view() else value
+    given = (*args, *kwargs.values())
+    return value.is_leaf or any(
+        arg is base or (arg._is_view() and arg._base is base) for arg in given if isinstance(arg, Tensor)
+    )
+
+
+def _tensor_of(value: Any, site: Site) -> Any:
+    found = first_tensor(value)
+    if found is None:
+        raise StateError(
+            f"the {site.direction!r} value of {site.name!r} is a {type(value).__name__} without any tensor; "
+            "pass a callback that returns the tensor to cache"
+        )
+    return found

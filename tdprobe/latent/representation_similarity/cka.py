@@ -1,0 +1,147 @@
+"""Centred kernel alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from tdprobe._types import Float
+from tdprobe.errors import ConfigError
+from tdprobe.estimator import PairEstimator
+from tdprobe.registry import Spec, register
+from tdprobe.stats.cross import Cross, CrossState
+from tdprobe.stats.gram import Gram, GramState
+from tdprobe.stats.state import Statistic
+from tdprobe.stream.batch import Batch
+
+
+@register(
+    Spec(
+        name="cka",
+        kind="pair",
+        symmetric=True,
+        bounds=(0.0, 1.0),
+        larger_means="more similar",
+        invariant_to=frozenset({"permutation", "orthogonal", "isotropic scaling", "translation"}),
+        needs=("gram", "cross"),
+        cost="n^2 d per layer and n^2 per pair of each batch, or n d^2 per pair",
+        reference="Kornblith et al. 2019, Similarity of neural network representations revisited",
+        streaming={"unbiased": True, "minibatch": True},
+    )
+)
+class CkaEstimator(PairEstimator):
+    """Measure how alike the linear kernels of two representations are.
+
+    ``|X'Y|_F^2 / (|X'X|_F |Y'Y|_F)`` with centred columns. Few samples of many columns look alike by
+    themselves; ``unbiased`` removes that, and may be negative.
+
+    A layer whose variance is at most ``eps`` of its mean square counts as constant and scores NaN, as does a
+    layer with NaN. The threshold is relative: scaling a layer never changes its score.
+
+    Args:
+        in_key_a: Key of ``(*lead, n, d_a)``.
+        in_key_b: Key of ``(*lead, n, d_b)``.
+        out_key: Key to write, ``(*lead,)`` float32.
+        kernel: ``"linear"``.
+        eps: Variance relative to the mean square that still counts as none.
+        unbiased: Use HSIC_1 (n >= 4, value in [-1, 1]) instead of the plain product (in [0, 1]).
+        minibatch: Keep one number per pair of layers, by centring every batch by itself. It approaches the
+            full value as batches grow. A one-shot call is one batch, hence exact.
+
+    Raises:
+        NotImplementedError: Any other kernel.
+        ConfigError: A bad key or a negative ``eps``.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+        >>> td = TensorDict({"data_a": x, "data_b": 3 * x + 1})
+        >>> CkaEstimator()(td)["cka"]
+        tensor(1.)
+
+    References:
+        Kornblith et al. 2019, Similarity of neural network representations revisited.
+        Song et al. 2012, Feature selection via dependence maximization (unbiased).
+        Nguyen, Raghu, Kornblith 2021, Do wide and deep networks learn the same things? (minibatch).
+    """
+
+    def __init__(
+        self,
+        in_key_a: Any = "data_a",
+        in_key_b: Any = "data_b",
+        out_key: Any = "cka",
+        kernel: str = "linear",
+        eps: float = 1e-12,
+        *,
+        unbiased: bool = False,
+        minibatch: bool = False,
+    ) -> None:
+        super().__init__([in_key_a, in_key_b], [out_key])
+        if kernel != "linear":
+            raise NotImplementedError(f"got kernel={kernel!r}; only kernel='linear' is implemented so far")
+        if not eps >= 0:
+            raise ConfigError(f"got eps={eps!r}; allowed are numbers from 0 on, relative to the mean square")
+        self.in_key_a, self.in_key_b, self.out_key = in_key_a, in_key_b, out_key
+        self.kernel, self.eps, self.unbiased, self.minibatch = kernel, eps, unbiased, minibatch
+
+    def statistic(self) -> Statistic:
+        """Return `Gram` for minibatches, else `Cross`."""
+        return Gram(self.unbiased) if self.minibatch else Cross(self.unbiased)
+
+    def _one_shot(self, batch: Batch) -> Statistic:
+        # All rows in one Gram update are the exact value too, and cheaper where rows are fewer than columns.
+        wide = batch.n < max(x.shape[-1] for x in batch.rows.values())
+        return Gram(self.unbiased) if self.minibatch or wide else Cross(self.unbiased)
+
+    def score(self, state: Any) -> TensorDict:
+        """Compute CKA of all layer pairs.
+
+        Args:
+            state: `GramState` or `CrossState`.
+
+        Returns:
+            ``"score"``, ``(*lead, l, l)`` float64.
+
+        Raises:
+            ConfigError: Fewer than 4 rows with ``unbiased=True``.
+        """
+        if self.unbiased and int(state.n) < 4:
+            raise ConfigError(f"got {int(state.n)} rows; cka with unbiased=True needs at least 4")
+        return TensorDict({"score": _ratio(state, self.eps)})
+
+
+def cka_matrix(rows: Sequence[Tensor], *, unbiased: bool = False) -> Float[Tensor, "l l"]:
+    """Compute the exact linear CKA of every pair of layers from rows in memory.
+
+    One Gram per layer in tiles, all pairs by one batched product; no N x N matrix is ever held.
+
+    Args:
+        rows: One tensor per layer, ``(n, d_layer)``; widths may differ, views are fine.
+        unbiased: Use HSIC_1 (n >= 4) instead of the plain product.
+
+    Returns:
+        CKA, symmetric, ``(l, l)`` float64; NaN for layers without variance.
+
+    Raises:
+        ConfigError: Layers with different numbers of rows, or fewer than 4 with ``unbiased=True``.
+
+    Example:
+        >>> x = torch.randn(100, 8)
+        >>> cka_matrix([x, 2 * x]).allclose(torch.ones(2, 2, dtype=torch.float64))
+        True
+    """
+    ids = torch.arange(rows[0].shape[0] if rows else 0)
+    batch = Batch({f"layer {index}": x for index, x in enumerate(rows)}, ids)
+    estimator = CkaEstimator(unbiased=unbiased, minibatch=True)
+    return estimator.score(estimator.update(estimator.init(batch), batch))["score"]
+
+
+def _ratio(state: GramState | CrossState, eps: float) -> Float[Tensor, "*lead l l"]:
+    hsic, spread = state.hsic, state.spread
+    own = hsic.diagonal(dim1=-2, dim2=-1)
+    # Written so that NaN is degenerate too.
+    own = torch.where((spread > eps * state.power) & (own > 0), own, torch.nan).sqrt()
+    return hsic / (own.unsqueeze(-1) * own.unsqueeze(-2))

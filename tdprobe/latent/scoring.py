@@ -1,0 +1,141 @@
+"""Score every layer and every pair of layers while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tdprobe.estimator import Estimator
+from tdprobe.latent.layer_stream import LayerStreaming, StreamContext
+from tdprobe.latent.scorer import (
+    DEFAULT_MAX_NORM,
+    DEFAULT_PORTION,
+    Scorer,
+    check_portion,
+    resolve_estimators,
+    score_blocks,
+    tokens_text,
+)
+from tdprobe.stream.batch import Batch
+from tdprobe.stream.outliers import check_max_norm
+from tdprobe.tables import ScoreTable
+
+
+class ScoringContext(StreamContext):
+    """A running scoring.
+
+    What finished batches brought survives errors, interrupts and the end of the block; entering again
+    goes on from there.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every row."""
+        factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
+        self.scorer = Scorer(factory.estimators, factory.rows_per_update, factory.max_norm)
+
+    def consume(self, batch: Batch) -> None:
+        """Add the rows of one finished forward pass."""
+        self.scorer.push(batch)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that every layer has contributed so far."""
+        return self.scorer.n
+
+    def scores(self) -> ScoreTable:
+        """Score what has been seen so far; the stream can go on afterwards.
+
+        Raises:
+            StateError: Nothing has been seen.
+            ConfigError: There are fewer rows than an estimator needs.
+        """
+        factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
+        scorer = self.scorer
+        labels = [(factory.name, layer) for layer in scorer.layers]
+        blocks = score_blocks(scorer.scores(), scorer.estimators, labels, scorer.n - scorer.n_dropped)
+        meta = {
+            "model": type(self.model).__name__,
+            "layers": factory.key_pattern,
+            "tokens": tokens_text(factory.clause.tokens),
+            "skip_first": factory.clause.skip_first,
+        }
+        return ScoreTable(blocks, meta | scorer.facts())
+
+
+class LayerScoring(LayerStreaming):
+    r"""Score the layers that a pattern matches, and every pair of them, in one pass and bounded memory.
+
+    Rows leave the hooks, are collected into portions, update one state per statistic and are dropped. Padding
+    never counts. The first real token of each text is left out by default: in decoder models it carries
+    activations a thousand times larger than all others, the same for every text, and decides similarities by
+    itself. Rows that are still many times longer than usual in some layer are left out too, and counted in
+    the table's ``meta["outliers"]``.
+
+    Of a module that runs several times in a forward pass, the last run counts; the first with ``early_stop``.
+
+    Args:
+        key_pattern: Regular expression matched from the start of the dotted module name.
+        estimators: Registry names or estimator objects. A name stands for the streaming form of its method
+            (``"cka"``: minibatch unbiased linear CKA); an object is taken as it is configured.
+        relative: Names start at the user's model; ``False`` starts them at the wrapper.
+        tokens: Which tokens of each row count: ``"last"``, ``"mean"``, ``"all"``, a span, ...;
+            see :class:`tdprobe.stream.tokens.TokenClause`.
+        skip_first: Real tokens at the start of each row that never count.
+        rows_per_update: Rows of one portion, 8 or more. Minibatch estimators compare rows within a portion
+            only.
+        max_norm: Rows longer than this many median row lengths in any layer are left out of all; ``None``
+            keeps them.
+        early_stop: End calls of the hooked module after the last layer.
+        required: A pattern that matches nothing, or layers that never run, are errors.
+        name: What the table calls the model.
+
+    Raises:
+        ConfigError: An estimator or an argument is unknown; on enter also for a pattern that matches nothing.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+        >>> with LayerScoring(r"\d").prepare(model) as hooked:
+        ...     out = hooked(torch.randn(64, 8))
+        >>> hooked.hooking_context.scores().matrix().shape
+        (3, 3)
+
+    References:
+        Sun et al. 2024, Massive activations in large language models.
+    """
+
+    _hooking_context_class = ScoringContext
+
+    def __init__(
+        self,
+        key_pattern: str,
+        estimators: Sequence[str | Estimator] = ("cka",),
+        relative: bool = True,
+        *,
+        tokens: Any = "all",
+        skip_first: int = 1,
+        rows_per_update: int = DEFAULT_PORTION,
+        max_norm: float | None = DEFAULT_MAX_NORM,
+        early_stop: bool = False,
+        required: bool = True,
+        name: str = "model",
+    ) -> None:
+        super().__init__(
+            key_pattern,
+            relative=relative,
+            tokens=tokens,
+            skip_first=skip_first,
+            early_stop=early_stop,
+            required=required,
+        )
+        self.estimators = resolve_estimators(estimators)
+        check_max_norm(max_norm)
+        check_portion(rows_per_update)
+        self.rows_per_update = rows_per_update
+        self.max_norm = max_norm
+        self.name = name

@@ -1,0 +1,22 @@
+"""Bounded, mergeable summaries of a stream of rows: what it leaves behind, and what estimators read."""
+
+from tdprobe.stats.cross import Cross, CrossState
+from tdprobe.stats.gram import Gram, GramState, gram_products
+from tdprobe.stats.moments import Moments, MomentsState
+from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.state import State, Statistic, layer_list
+
+__all__ = [
+    "Cross",
+    "CrossState",
+    "Gram",
+    "GramState",
+    "Moments",
+    "MomentsState",
+    "Reservoir",
+    "ReservoirState",
+    "State",
+    "Statistic",
+    "gram_products",
+    "layer_list",
+]

@@ -1,0 +1,125 @@
+"""The one contract of every statistic: config and state are values, and states merge."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce, wraps
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from tensordict import TensorClass, TensorDict
+from torch import Tensor
+
+from tdprobe._types import Float
+from tdprobe.errors import ConfigError
+
+
+class State(TensorClass):
+    """Hold what a stream leaves behind: a bounded value that merges with others of its kind.
+
+    A state is never changed in place. Merging is associative, and commutative up to rounding, so batches,
+    ranks, shards and resumed runs are all the same operation. Being a tensordict class it has ``.to``,
+    ``state_dict``, memory maps and pickling. Every state has ``n``, the number of rows behind it.
+    """
+
+    def merge(self, other: Self) -> Self:
+        """Return the state that one stream over the rows of both would have left."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to merge")
+
+
+S = TypeVar("S", bound=State)
+
+
+@dataclass(frozen=True)
+class Statistic(ABC):
+    """Say what to keep of a stream; equal statistics are computed once and shared by estimators.
+
+    ``rows`` is one tensor per layer, ``(*lead, n, d_layer)``, the same samples in every layer, and every
+    leading dimension is a data set of its own.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def init(self, rows: Sequence[Tensor], ids: Tensor) -> State:
+        """Return the empty state that fits the widths, leading dimensions and device of ``rows``."""
+
+    @abstractmethod
+    def update(self, state: Any, rows: Sequence[Tensor], ids: Tensor) -> State:
+        """Return ``state`` with ``rows`` added; the given state keeps its value."""
+
+
+def undisturbed(update: Callable[..., S]) -> Callable[..., S]:
+    """Run an update outside of the caller's autograd, autocast and inference mode, which are the model's."""
+
+    @wraps(update)
+    def run(self: Statistic, state: S, rows: Sequence[Tensor], ids: Tensor) -> S:
+        kind = rows[0].device.type if rows else "cpu"
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
+            return update(self, state, rows, ids)
+
+    return run
+
+
+def layer_list(by_layer: TensorDict) -> list[Tensor]:
+    """Return the tensors of layers ``"0"``, ``"1"``, ... in that order, however the tensordict was stored."""
+    return [by_layer[str(index)] for index in range(len(by_layer.keys()))]
+
+
+def by_layer(tensors: Iterable[Tensor]) -> TensorDict:
+    """Key one tensor per layer by ``"0"``, ``"1"``, ...: widths may differ, so they cannot be stacked."""
+    return TensorDict({str(index): x for index, x in enumerate(tensors)})
+
+
+def check_widths(rows: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse rows that do not fit the layers a state was made for.
+
+    Args:
+        rows: One tensor per layer, ``(*lead, n, d_layer)``.
+        shapes: ``(*lead, d_layer)`` of the state, one per layer.
+
+    Raises:
+        ConfigError: Another number of layers, or a layer with another width or other leading dimensions.
+    """
+    if len(rows) != len(shapes):
+        raise ConfigError(f"got rows of {len(rows)} layers, the state has {len(shapes)}; use those of init")
+    for index, (x, shape) in enumerate(zip(rows, shapes, strict=True)):
+        got = (*x.shape[:-2], x.shape[-1])
+        if got != tuple(shape):
+            raise ConfigError(
+                f"layer {index} has leading dimensions and width {got}, its state has {tuple(shape)}; "
+                "start a new state with init for rows of another shape"
+            )
+
+
+def working_dtype(rows: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype for products: the promoted dtype of ``rows``, float32 at least.
+
+    Raises:
+        ConfigError: No rows at all, or complex ones.
+    """
+    if not rows:
+        raise ConfigError("got no layers; give the rows of one layer at least")
+    if any(x.is_complex() for x in rows):
+        raise ConfigError("got complex rows; allowed are real ones: pass real and imaginary parts as columns")
+    return reduce(torch.promote_types, (x.dtype for x in rows), torch.float32)
+
+
+def centre(x: Tensor, dtype: torch.dtype) -> tuple[Float[Tensor, "*lead n d"], Float[Tensor, "*lead d"]]:
+    """Subtract the column means in two steps, so that an offset of 1000 deviations costs no digits.
+
+    Args:
+        x: Rows ``(*lead, n, d)``, n >= 1, any real dtype.
+        dtype: Dtype to compute in.
+
+    Returns:
+        Centred rows in ``dtype`` (a copy) and the means in float64.
+    """
+    coarse = x.mean(-2, dtype=dtype)
+    y = x - coarse.unsqueeze(-2)
+    # The first mean is only as exact as the offset allows; what is left is small, hence exact.
+    rest = y.mean(-2)
+    y -= rest.unsqueeze(-2)
+    return y, coarse.double() + rest.double()

@@ -1,0 +1,58 @@
+"""Interactive curves over depth, as a Vega-Lite specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tdprobe.errors import require_extra
+from tdprobe.viz.labels import shorten
+from tdprobe.viz.vega import choice, finish, label_axis, plain_numbers
+
+if TYPE_CHECKING:
+    from tdprobe.tables import ScoreBlock, ScoreTable
+
+
+def curve_chart(table: ScoreTable) -> dict[str, Any] | None:
+    """Return curves over depth: layer estimators, and equal layers of two checkpoints; None without any."""
+    records = [record for block in table.blocks if (record := _curve_record(block)) is not None]
+    if not records:
+        return None
+    alt = require_extra("altair", "report")
+    curves = list(dict.fromkeys(record["curve"] for record in records))
+    series = list(dict.fromkeys(record["series"] for record in records))
+    control = choice(alt, "curve", curves, "Curve")
+    title = alt.Title(text=alt.expr("curve"), frame="group")
+    lines = alt.Chart(alt.NamedData("records"), title=title).transform_filter("datum.curve == curve")
+    lines = lines.transform_flatten(["layers", "labels", "values"], ["layer", "label", "value"])
+    legend = alt.Legend(orient="bottom", columns=2, labelLimit=240) if len(series) > 1 else None
+    # An ordered map, for checkpoints have an order; its yellow end is too pale for a line.
+    colours = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0.0, 0.85]))
+    crowded = max(len(record["labels"]) for record in records) > 40
+    lines = lines.mark_line(point=alt.OverlayMarkDef(size=12 if crowded else 36)).encode(
+        x=alt.X("label:O", sort=None, title="layer", axis=label_axis(alt, [r["labels"] for r in records])),
+        y=alt.Y("value:Q", title="score", scale=alt.Scale(zero=False)),
+        color=alt.Color("series:O", sort=None, title=None, legend=legend, scale=colours),
+        tooltip=["series:N", "layer:N", alt.Tooltip("value:Q", title="score", format=".5~g")],
+    )
+    return finish(alt, lines.properties(width=430, height=260).add_params(control), records)
+
+
+def _curve_record(block: ScoreBlock) -> dict[str, Any] | None:
+    if block.layers_b is None:
+        return _record(block.estimator, block.checkpoint_a, block.layers_a, block.values)
+    columns = {name: i for i, name in enumerate(block.layers_b)}
+    same = [(i, columns[name]) for i, name in enumerate(block.layers_a) if name in columns]
+    if block.checkpoint_a == block.checkpoint_b or not same:
+        return None
+    values = np.array([block.values[spot] for spot in same])
+    layers = [block.layers_a[i] for i, _ in same]
+    return _record(f"{block.estimator}, equal layers of two checkpoints", block.pair, layers, values)
+
+
+def _record(curve: str, series: str, layers: Sequence[str], values: np.ndarray) -> dict[str, Any]:
+    labels = shorten(layers).short
+    numbers = plain_numbers(values)
+    return {"curve": curve, "series": series, "layers": layers, "labels": labels, "values": numbers}

@@ -1,0 +1,148 @@
+"""Heat maps of scores between layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tdprobe.errors import ConfigError, require_extra
+from tdprobe.tables.summary import larger_is_similar, spec_of
+from tdprobe.viz.figure import canvas, fold, new_figure, thin_ticks
+from tdprobe.viz.labels import colour_range, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+    from tdprobe.tables.block import ScoreBlock
+
+NUMBERED_LAYERS = 8
+NO_SCORE = "0.75"
+SIDE = 4.6
+
+
+def heatmap(
+    values: np.ndarray,
+    layers_a: Sequence[str],
+    layers_b: Sequence[str],
+    *,
+    estimator: str = "score",
+    checkpoint_a: str = "",
+    checkpoint_b: str = "",
+    n: int | None = None,
+    spec: Any | None = None,
+    ax: Axes | None = None,
+) -> Figure:
+    """Draw scores between layers, depth growing to the right and upwards.
+
+    Args:
+        values: Scores, (La, Lb); NaN is drawn grey.
+        layers_a: Names of the rows, in depth order.
+        layers_b: Names of the columns, in depth order.
+        estimator: Name for the title and the colour bar.
+        checkpoint_a: Checkpoint of the rows.
+        checkpoint_b: Checkpoint of the columns.
+        n: Samples behind the scores.
+        spec: Registry entry of the estimator: its bounds set the colour range, its meaning the direction.
+        ax: Axes to draw into; a new figure if left out.
+
+    Returns:
+        The figure, not known to pyplot when it is new.
+
+    Raises:
+        ConfigError: The values do not fit the names.
+
+    Example:
+        >>> figure = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], estimator="cka", n=64)
+        >>> figure.axes[0].get_title(loc="left"), figure.axes[0].get_xlabel()
+        ('cka (n = 64)', 'layer (h.*)')
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(layers_a), len(layers_b)):
+        raise ConfigError(f"{values.shape} scores do not fit {len(layers_a)} rows and {len(layers_b)} columns.")
+    figure, ax = canvas(ax, _size(layers_a, layers_b))
+    image = _draw(ax, values, (layers_a, layers_b), (checkpoint_a, checkpoint_b), colour_range(values, spec), spec)
+    names = " × ".join(dict.fromkeys(filter(None, (checkpoint_a, checkpoint_b))))
+    count = f" (n = {n})" if n is not None else ""
+    ax.set_title(fold(f"{estimator}{': ' if names else ''}{names}{count}", SIDE), loc="left", fontsize=11)
+    _colour_bar(figure, image, [ax], estimator, spec)
+    return figure
+
+
+def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
+    """Draw the pairs of checkpoints of one estimator side by side in one colour range."""
+    columns = min(3, len(blocks))
+    lines = -(-len(blocks) // columns)
+    figure = new_figure((1.2 + 4.2 * columns, 4.4 * lines))
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    spec = spec_of(blocks[0].estimator)
+    limits = colour_range(np.concatenate([block.values.ravel() for block in blocks]), spec)
+    for block, ax in zip(blocks, panels, strict=False):
+        owners = (block.checkpoint_a, block.checkpoint_b)
+        image = _draw(ax, block.values, (block.layers_a, block.layers_b or ()), owners, limits, spec, ticks=16)
+        ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n})", 3.2), loc="left", fontsize=10)
+    for ax in panels[len(blocks) :]:
+        ax.set_axis_off()
+    _colour_bar(figure, image, list(panels), blocks[0].estimator, spec)
+    return figure
+
+
+def _size(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:
+    """Return inches that leave the cells square and the names of both sides whole."""
+    rows, columns = len(layers_a), len(layers_b)
+    height = max(2.4, SIDE * min(1.0, rows / columns))
+    width = max(2.4, SIDE * min(1.0, columns / rows))
+    left, below = (0.075 * max(map(len, shorten(names).short)) for names in (layers_a, layers_b))
+    return width + 1.9 + left, height + 1.0 + below
+
+
+def _draw(
+    ax: Axes,
+    values: np.ndarray,
+    layers: tuple[Sequence[str], Sequence[str]],
+    checkpoints: tuple[str, str],
+    limits: tuple[float, float],
+    spec: Any | None,
+    ticks: int = 40,
+) -> AxesImage:
+    colormaps = require_extra("matplotlib", "plot").colormaps
+    colours = colormaps["viridis_r" if larger_is_similar(spec) is False else "viridis"].with_extremes(bad=NO_SCORE)
+    shown = np.ma.masked_invalid(values)
+    image = ax.imshow(shown, cmap=colours, vmin=limits[0], vmax=limits[1], origin="lower", aspect="equal")
+    sides = zip((ax.yaxis, ax.xaxis), layers, checkpoints, strict=True)
+    for axis, names, checkpoint in sides:
+        labels = shorten(names)
+        thin_ticks(axis, labels.short, ticks)
+        owner = f" of {checkpoint}" if len(set(checkpoints)) > 1 else ""
+        text = f"layer{owner} ({labels.pattern})" if labels.pattern else f"layer{owner}"
+        axis.set_label_text(fold(text, 3.2))
+    if max(values.shape) <= NUMBERED_LAYERS:
+        _write_numbers(ax, image, values)
+    return image
+
+
+def _write_numbers(ax: Axes, image: AxesImage, values: np.ndarray) -> None:
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        red, green, blue, _ = image.to_rgba(value)
+        # Rec. 709 luminance: dark text on bright cells and the other way round.
+        bright = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45
+        ax.text(
+            column,
+            row,
+            f"{value:.3g}",
+            ha="center",
+            va="center",
+            color="black" if bright else "white",
+            fontsize=9,
+        )
+
+
+def _colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], estimator: str, spec: Any | None) -> None:
+    meaning = f" (larger: {spec.larger_means})" if spec is not None and spec.larger_means else ""
+    bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
+    bar.set_label(f"{estimator}{meaning}")

@@ -1,0 +1,88 @@
+"""The examples run as scripts, offline, and what they say about their pictures is true."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tdprobe import ScoreTable
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# Runs an example and prints, as the last line, some of its variables and the curves of its figures.
+RUN = """
+import json, runpy, sys
+import matplotlib.pyplot as plt
+import numpy as np
+folder, name, *wanted = sys.argv[1:]
+sys.path.insert(0, folder)
+found = runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
+figures = [plt.figure(number) for number in plt.get_fignums()]
+curves = {line.get_label(): line.get_ydata() for figure in figures for ax in figure.axes for line in ax.lines}
+plain = lambda value: value.to_json() if hasattr(value, "to_json") else np.asarray(value).tolist()
+print(json.dumps({"curves": curves, "figures": len(figures)} | {key: found[key] for key in wanted}, default=plain))
+"""
+
+
+def run(name: str, *wanted: str) -> tuple[dict[str, Any], str]:
+    """Return what an example computed, and what it printed."""
+    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", RUN, str(EXAMPLES), name, *wanted]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *printed, last = done.stdout.splitlines()
+    return json.loads(last), "\n".join(printed)
+
+
+def test_tokens_with_massive_activations_decide_the_picture_of_the_layers() -> None:
+    found, printed = run("plot_01_layers_of_a_language_model", "tables", "to_last")
+    every, headless, ten, three = (ScoreTable.from_json(text).matrix() for text in found["tables"].values())
+    # One word decides: above layer 10 all is one block, cut off from below. With a limit the block dissolves.
+    assert headless[11:28, 11:28].min() > 0.9 and headless[11:28, :11].max() < 0.3
+    assert every[11:, 11:].min() > 0.9
+    assert ten[10, 15] > 0.8 and ten[2:9, 2:9].min() > 0.9 and ten[2:9, 10:].max() < 0.3
+    # Without the short words: similarity falls with the distance in depth.
+    means = [np.diagonal(three, offset).mean() for offset in range(20)]
+    assert means == sorted(means, reverse=True) and three[2:9, 10:16].min() > 0.6
+    lengths = {name: np.array(values) for name, values in found["curves"].items()}
+    usual = lengths["other tokens, median"]
+    assert (lengths["first token, median"] > 30 * usual)[11:28].all() and (usual < 1000).all()
+    assert (lengths["other tokens, longest"] > 30 * usual)[11:28].all()
+    assert (lengths["other tokens, 98th percentile"] > 4 * usual)[2:8].all()
+    assert (np.diff(found["to_last"])[9:] > -0.02).all() and found["to_last"][-1] == pytest.approx(1)
+    assert found["figures"] == 3 and "'on'" in printed
+
+
+def test_similarity_to_the_final_checkpoint_rises_with_the_step() -> None:
+    found, _ = run("plot_02_training_checkpoints", "table", "gap", "layers")
+    table = ScoreTable.from_json(found["table"])
+    curves = np.array([found["curves"][layer] for layer in found["layers"]])
+    assert curves.shape == (4, 6) and found["figures"] == 2
+    assert (np.diff(curves, axis=1) > 0).all() and curves[:, -1] == pytest.approx(1)
+    assert (curves[0, :-1] == curves[:, :-1].max(0)).all()
+    start, middle, late = (table.matrix("cka", step, "step 400") for step in ("step 0", "step 100", "step 200"))
+    assert start.max() < 0.5
+    assert (middle.argmax(1) == 0).all()
+    assert (abs(late.argmax(1) - np.arange(4)) <= 1).all()
+    assert found["gap"] < 0.15
+
+
+def test_generated_tokens_are_cached_in_order_and_an_early_stop_ends_the_pass() -> None:
+    found, printed = run("plot_03_caching_and_generate", "phases", "shapes", "probability", "ran", "difference")
+    assert "Paris" in printed
+    assert found["phases"] == ["prompt"] + ["generated"] * 7
+    assert found["shapes"] == [[1, 5, 576]] + [[1, 1, 576]] * 7
+    probability = np.array(found["probability"])
+    assert probability[0].argmax() >= 28 and probability[0, :25].max() < 0.05
+    assert (probability[1:4, 12:25].max(1) > 0.6).all()
+    assert found["ran"] == [f"model.layers.{layer}" for layer in range(10)]
+    assert found["difference"] < 1e-4
+    assert "output: None   same activation: True" in printed
+    assert found["figures"] == 1
