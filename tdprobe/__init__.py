@@ -13,7 +13,11 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "tdprobe.compare.sweep": ["LayerComparison", "compare_layers"],
         "tdprobe.compare.layer_list": ["list_layers"],
+        "tdprobe.latent.activation_addition": ["ActivationAddition"],
         "tdprobe.latent.activation_caching": ["ActivationCaching"],
+        "tdprobe.latent.activation_patching": ["ActivationPatching"],
+        "tdprobe.latent.probing": ["Probing"],
+        "tdprobe.latent.steering_vectors": ["SteeringVectors"],
         "tdprobe.latent.scoring": ["LayerScoring"],
         "tdprobe.latent.representation_similarity": ["CkaEstimator"],
         "tdprobe.tables": ["ScoreTable"],
@@ -25,7 +29,11 @@ __getattr__, __dir__, __all__ = lazy(
 if TYPE_CHECKING:
     from tdprobe.compare import LayerComparison, compare_layers, list_layers
     from tdprobe.errors import TdprobeError
+    from tdprobe.latent.activation_addition import ActivationAddition
     from tdprobe.latent.activation_caching import ActivationCaching
+    from tdprobe.latent.activation_patching import ActivationPatching
+    from tdprobe.latent.probing import Probing
     from tdprobe.latent.representation_similarity import CkaEstimator
     from tdprobe.latent.scoring import LayerScoring
+    from tdprobe.latent.steering_vectors import SteeringVectors
     from tdprobe.tables import ScoreTable

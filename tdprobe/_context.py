@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensordict.nn import TensorDictModuleBase
@@ -13,29 +12,16 @@ from torch import nn
 
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import StateError
-from tdprobe.hooks import EarlyStop, Gate, MultiHookHandle
+from tdprobe.hooks import EarlyStop, Gate, Hook, MultiHookHandle
 from tdprobe.hooks.compiled import recompiled
+from tdprobe.hooks.handles import AddedHook
+from tdprobe.hooks.sites import Site
 from tdprobe.modules import HookedModule, NamedModule, user_model
 
 if TYPE_CHECKING:
     from tdprobe.contexts import HookingContextFactory
 
 InKeys = Sequence[UnraveledKey] | Mapping[str, UnraveledKey]
-
-
-@dataclass(slots=True)
-class Site:
-    """One place that a context listens to or writes to.
-
-    Attributes:
-        name: Dotted module name.
-        direction: One of the six directions.
-        n_fired: How often the hook has acted.
-    """
-
-    name: str
-    direction: str = "fwd"
-    n_fired: int = 0
 
 
 class HookingContext:
@@ -68,6 +54,9 @@ class HookingContext:
         self.sites: list[Site] = []
         self._hooked: HookedModule | None = None
         self._handle: MultiHookHandle | None = None
+        # Hooks that users set one by one.
+        self._added = MultiHookHandle()
+        self.in_call = False
         self._stack = ExitStack()
         self._managed = False
         self._lifted = False
@@ -113,20 +102,31 @@ class HookingContext:
         self._before_enter()
         self.gate.renew()
         with ExitStack() as stack:
-            working = self._module
-            for factory in self._pre_factories:
-                working = stack.enter_context(factory.prepare(working))
+            working = self._enter_before(stack)
             stack.enter_context(recompiled(self._module))
             keys = (list(self._module.in_keys), list(self._module.out_keys), self._path)
             prepared = self.factory._prepare_module(working, *keys)
             stack.callback(self.factory._restore_module, self._module, *keys)
             hooked = self.factory._spawn_hooked_module(prepared, self, self._path)
-            self.sites = []
+            self.sites, self._added = [], MultiHookHandle()
             self._handle = self.factory._hook_module(hooked)
+            stack.callback(self._added.remove)
             self.gate.open()
             self._stack = stack.pop_all()
         self._hooked, self._managed, self._lifted, self._lifts = hooked, managed, False, 0
         return hooked
+
+    def _enter_before(self, stack: ExitStack) -> TensorDictModuleBase:
+        """Enter what comes before this context, and return the module to go on with."""
+        working: TensorDictModuleBase = self._module
+        for factory in self._pre_factories:
+            working = stack.enter_context(factory.prepare(working))
+        return working
+
+    def add_hook(self, hook: Hook) -> AddedHook:
+        """Install a hook that goes on and off with this context's own."""
+        self.require_active("hook a module")
+        return self._added.add(hook)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._leave(error)
@@ -188,10 +188,12 @@ class HookingContext:
         if elsewhere:
             self.gate.open()
         self._pending = {id(site) for site in self.sites} if self.factory.early_stop else None
+        outermost, self.in_call = not self.in_call, True
         try:
             yield
         finally:
             self._pending = None
+            self.in_call = not outermost
             if elsewhere:
                 self.gate.close()
 
@@ -220,6 +222,7 @@ class HookingContext:
         hooked, handle, self._lifted = self._hooked, self._handle, True
         self._lifts += 1
         handle.remove()
+        self._added.remove()
         try:
             yield
         finally:
@@ -230,6 +233,7 @@ class HookingContext:
                     self._set_again(hooked, handle)
 
     def _set_again(self, hooked: HookedModule, handle: MultiHookHandle) -> None:
+        self._added.install()
         if handle.reinstallable:
             handle.install()
         else:

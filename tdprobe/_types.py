@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 
 class _Inert:
@@ -36,4 +39,13 @@ class UnraveledKey(metaclass=_UnraveledKeyMeta):
     """
 
 
-__all__ = ["Bool", "Float", "Int", "UnraveledKey"]
+def named_forward(model: nn.Module) -> nn.Module:
+    """Return the model whose forward names its arguments: inside ``DataParallel`` and its like, which hand all on."""
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    inner = model._modules.get("module")
+    if inner is None or not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return model
+    return named_forward(inner)
+
+
+__all__ = ["Bool", "Float", "Int", "UnraveledKey", "named_forward"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, overload
 
 from tensordict import TensorDict
@@ -11,6 +12,7 @@ from torch import nn
 
 from tdprobe._context import HookingContext, InKeys, Site
 from tdprobe._types import UnraveledKey
+from tdprobe.errors import ConfigError
 from tdprobe.hooks import MultiHookHandle
 from tdprobe.modules import HookedModule, require_keys
 
@@ -129,4 +131,114 @@ class HookingContextWithCache(HookingContext):
             self.clear()
 
 
-__all__ = ["HookingContext", "HookingContextFactory", "HookingContextWithCache", "Site"]
+class CompositeContext(HookingContext):
+    """Several contexts on one model, entered and left together.
+
+    What a part offers, such as ``cache`` or ``scores()``, can be had here as long as only one part has it.
+
+    Attributes:
+        contexts: One per factory, in their order.
+    """
+
+    def __init__(self, factory: CompositeHookingContextFactory, *args: Any, **kwargs: Any) -> None:
+        super().__init__(factory, *args, **kwargs)
+        self.contexts: list[HookingContext] = [
+            part._hooking_context_class(part, self._module, **part._hooking_context_kwargs)
+            for part in factory.factories
+        ]
+        for context in self.contexts:
+            context._path = self._path
+
+    @property
+    def n_fired(self) -> dict[str, int]:
+        """How often each place has acted, by module name (summed over the parts)."""
+        counts: dict[str, int] = {}
+        for context in self.contexts:
+            for name, count in context.n_fired.items():
+                counts[name] = counts.get(name, 0) + count
+        return counts
+
+    def clear(self) -> None:
+        """Empty every cache."""
+        for context in self.contexts:
+            if isinstance(context, (HookingContextWithCache, CompositeContext)):
+                context.clear()
+
+    def _enter_before(self, stack: ExitStack) -> TensorDictModuleBase:
+        working = super()._enter_before(stack)
+        for context in self.contexts:
+            # Each part calls what the part before it has prepared.
+            context._module = working
+            working = stack.enter_context(context)
+        return working
+
+    @contextmanager
+    def disable_hooks(self) -> Generator[None]:
+        """Lift the hooks of every part, and set them again afterwards."""
+        with ExitStack() as stack:
+            stack.enter_context(super().disable_hooks())
+            for context in self.contexts:
+                stack.enter_context(context.disable_hooks())
+            yield
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        owners = [context for context in self.__dict__.get("contexts", ()) if hasattr(context, name)]
+        if len(owners) == 1:
+            return getattr(owners[0], name)
+        kinds = ", ".join(f"contexts[{self.contexts.index(context)}].{name}" for context in owners)
+        raise AttributeError(
+            f"several parts of the composite have {name!r}: {kinds}" if owners else f"no part has {name!r}"
+        )
+
+
+class CompositeHookingContextFactory(HookingContextFactory):
+    """Chain factories: one block in which all of them act.
+
+    Interventions act in the order of the factories and before everything that observes. A factory that calls the model
+    in its own way, such as patching, does so within the calls of those after it.
+
+    Args:
+        factories: Of any kind, with contexts of their own or not. The prepared context gives out what its parts have,
+            such as ``context.cache``; with several caches, ``context.contexts[i].cache``.
+
+    Raises:
+        ConfigError: There is no factory, or one ends calls early, which would cut off the others.
+
+    Example:
+        >>> import torch
+        >>> from tdprobe.latent import ActivationCaching, SteeringVectors
+        >>> steering = SteeringVectors(["0"], lambda module_key, output: output * 0 + 1)
+        >>> factory = CompositeHookingContextFactory(ActivationCaching("0"), steering)
+        >>> with factory.prepare(nn.Sequential(nn.Linear(2, 2))) as hooked:
+        ...     out = hooked(torch.ones(1, 2))
+        >>> hooked.hooking_context.cache["0"].tolist()
+        [[1.0, 1.0]]
+    """
+
+    _hooking_context_class: type[HookingContext] = CompositeContext
+
+    def __init__(self, *factories: HookingContextFactory) -> None:
+        super().__init__()
+        for factory in factories:
+            if not isinstance(factory, HookingContextFactory):
+                raise ConfigError(f"factories are composed, got a {type(factory).__name__}; pass them one by one")
+            if factory.early_stop:
+                raise ConfigError(
+                    f"early_stop of {type(factory).__name__} would end the pass for the other factories; "
+                    "leave it off in a composite"
+                )
+        if not factories:
+            raise ConfigError("a composite has at least one factory")
+        self.factories = list(factories)
+
+
+__all__ = [
+    "CompositeContext",
+    "CompositeHookingContextFactory",
+    "HookingContext",
+    "HookingContextFactory",
+    "HookingContextWithCache",
+    "Site",
+]

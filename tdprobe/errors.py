@@ -27,6 +27,10 @@ class MissingKeyError(TdprobeError, KeyError):
     __str__ = Exception.__str__
 
 
+class CallError(TdprobeError, TypeError):
+    """Report a call that lacks an argument, or an argument of the wrong type."""
+
+
 class MissingExtraError(TdprobeError, ImportError):
     """Report an optional package that is not installed."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import ConfigError, MissingKeyError, closest
 from tdprobe.registry import Spec
-from tdprobe.stats.state import State, Statistic
+from tdprobe.stats.state import Derivation, State, Statistic
 from tdprobe.stream.batch import Batch
 
 
@@ -50,7 +51,16 @@ class Estimator(TensorDictModuleBase, ABC):
 
         Returns:
             ``"score"``: ``(*lead, l, l)`` of a pair estimator, ``(*lead, l)`` of a layer estimator, float64.
+            ``"finite"``, ``(*lead, l)`` bool, may tell which layers hold finite numbers only, ``"duplicates"``,
+            ``(*lead, l)`` int64, how many rows of each repeat an earlier one.
         """
+
+    def derivation(self, state: Any) -> Derivation | None:
+        """Say what `score` works out from a state first; what several estimators need is worked out once.
+
+        `score` takes the state and what was derived from it alike.
+        """
+        return None
 
     @abstractmethod
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
@@ -95,6 +105,7 @@ class Estimator(TensorDictModuleBase, ABC):
         batch = self._read(tensordict)
         rows, statistic = list(batch.rows.values()), self._one_shot(batch)
         scores = self.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))
+        warn_not_finite(not_finite(scores, list(batch.rows)))
         for key, value in zip(self.out_keys_source, self._outputs(scores), strict=True):
             tensordict.set(key, value.float())
         return tensordict
@@ -142,6 +153,59 @@ class LayerEstimator(Estimator):
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["score"][..., 0]]
+
+
+def score_all(estimators: Mapping[str, Estimator], states: Mapping[Statistic, State]) -> dict[str, TensorDict]:
+    """Score states with several estimators, and work out once what they have in common.
+
+    Args:
+        estimators: By label.
+        states: By the statistics of the estimators.
+
+    Returns:
+        What `Estimator.score` returns, by label.
+    """
+    derivations: dict[Statistic, list[Derivation]] = {}
+    chosen: dict[str, tuple[Statistic, int] | None] = {}
+    for label, estimator in estimators.items():
+        statistic = estimator.statistic()
+        wanted = estimator.derivation(states[statistic])
+        chosen[label] = None if wanted is None else (statistic, _join(derivations.setdefault(statistic, []), wanted))
+    derived = {
+        (statistic, place): derivation(states[statistic])
+        for statistic, found in derivations.items()
+        for place, derivation in enumerate(found)
+    }
+    return {
+        label: estimators[label].score(states[estimators[label].statistic()] if key is None else derived[key])
+        for label, key in chosen.items()
+    }
+
+
+def _join(derivations: list[Derivation], wanted: Derivation) -> int:
+    """Let a derivation in with the first that it can be joined with; return the place of that one."""
+    for place, held in enumerate(derivations):
+        if (joined := held.joined(wanted)) is not None:
+            derivations[place] = joined
+            return place
+    derivations.append(wanted)
+    return len(derivations) - 1
+
+
+def not_finite(scores: TensorDict, layers: Sequence[str]) -> list[str]:
+    """Return the layers that scores call not finite."""
+    finite = scores.get("finite", None)
+    if finite is None:
+        return []
+    kept = finite.flatten(0, -2).all(0) if finite.ndim > 1 else finite
+    return [name for name, fine in zip(layers, kept.tolist(), strict=True) if not fine]
+
+
+def warn_not_finite(layers: Sequence[str]) -> None:
+    """Name the layers whose scores are NaN because their values are not finite."""
+    if layers:
+        names = ", ".join(map(repr, layers))
+        warnings.warn(f"{names} held NaN or infinite values; scores that involve them are NaN", stacklevel=3)
 
 
 def _missing(key: Any, tensordict: TensorDictBase) -> str:

@@ -11,9 +11,10 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictModuleWrapper, dispatch
 from torch import Tensor, nn
 
-from tdprobe._types import UnraveledKey
+from tdprobe._types import UnraveledKey, named_forward
 from tdprobe.errors import ConfigError, MissingKeyError, StateError
 from tdprobe.hooks import EarlyStop, first_tensor
+from tdprobe.hooks.access import ModuleAccess
 from tdprobe.hooks.signature import Signature
 
 if TYPE_CHECKING:
@@ -22,13 +23,15 @@ if TYPE_CHECKING:
 
 def user_model(module: nn.Module) -> nn.Module:
     """Return the model whose names the user knows: inside our wrapper, and inside ``torch.compile``'s."""
-    model: Any = module.module if isinstance(module, NamedModule) else module
+    model: Any = module
+    while isinstance(model, (NamedModule, HookedModule)):
+        model = model.module if isinstance(model, NamedModule) else model.td_module
     return getattr(model, "_orig_mod", model)
 
 
 def is_hugging_face(module: nn.Module) -> bool:
     """Tell a transformers model without importing transformers."""
-    return isinstance(getattr(user_model(module), "main_input_name", None), str)
+    return isinstance(getattr(named_forward(user_model(module)), "main_input_name", None), str)
 
 
 class NamedModule(TensorDictModule):
@@ -40,7 +43,12 @@ class NamedModule(TensorDictModule):
             ``["input"]``, or, where the TensorDict has no such key, every key by forward's own names.
         out_keys: Where outputs go; ``None`` means ``["output"]``. A key that names a field of a ``ModelOutput``
             takes that field; otherwise the first key takes the first tensor.
+
+    Attributes:
+        withheld: Keys that a context reads for itself; they are not given to the model unless ``in_keys`` names them.
     """
+
+    withheld: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -51,7 +59,7 @@ class NamedModule(TensorDictModule):
         keys: Any = dict(in_keys) if isinstance(in_keys, Mapping) else list(in_keys or ["input"])
         if isinstance(keys, list) and in_keys is not None and is_hugging_face(module):
             # By position, a second key would land in whatever forward happens to take second (GPT-2: the cache).
-            named = Signature(user_model(module)).named
+            named = Signature(named_forward(user_model(module))).named
             if all(key in named for key in keys):
                 keys = {key: key for key in keys}
         outputs: Any = list(out_keys or ["output"])
@@ -61,7 +69,12 @@ class NamedModule(TensorDictModule):
     @cached_property
     def signature(self) -> Signature:
         """The names that the user's model takes."""
-        return Signature(user_model(self))
+        return Signature(named_forward(user_model(self)))
+
+    @cached_property
+    def is_hugging_face(self) -> bool:
+        """Whether the user's model is one of transformers."""
+        return is_hugging_face(self)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -74,7 +87,7 @@ class NamedModule(TensorDictModule):
 
     def _arguments(self, td: TensorDictBase) -> tuple[list[Any], dict[str, Any]]:
         if self.defaulted and "input" not in td.keys():
-            given = [key for key in td.keys() if key not in self.out_keys]
+            given = [key for key in td.keys() if key not in self.out_keys and key not in self.withheld]
             names = [key for key in given if key in self.signature.documented]
             if not names:
                 self.signature.check(given or ["input"])
@@ -106,7 +119,7 @@ class NamedModule(TensorDictModule):
         return {keys[0]: TensorDict.from_any(output) if value is None else value}
 
 
-class HookedModule(TensorDictModuleWrapper):
+class HookedModule(ModuleAccess, TensorDictModuleWrapper):
     """A model inside its context: call it, and what the context is for happens.
 
     A TensorDict in gives the same TensorDict back, with the outputs in it. Tensors in give tensors out.
@@ -147,15 +160,15 @@ class HookedModule(TensorDictModuleWrapper):
         if not isinstance(module, NamedModule):
             return module(*args, **kwargs)
         if len(args) == 1 and not kwargs and isinstance(args[0], Mapping):
-            if not is_hugging_face(module) and not module.signature.documented.intersection(args[0]):
+            if not module.is_hugging_face and not module.signature.documented.intersection(args[0]):
                 # A model whose forward takes one mapping.
                 return module.module(args[0])
             args, kwargs = (), dict(args[0])
         elif len(args) > len(module.in_keys):
             return module.module(*args, **kwargs)
-        elif not kwargs and not is_hugging_face(module):
+        elif not kwargs and not module.is_hugging_face:
             return module(*args)
-        elif not is_hugging_face(module) and set(kwargs) <= {_flat(key) for key in module.in_keys}:
+        elif not module.is_hugging_face and set(kwargs) <= {_flat(key) for key in module.in_keys}:
             return module(*args, **kwargs)
         module.signature.check([name for name, value in kwargs.items() if isinstance(value, Tensor)])
         return module.module(*args, **kwargs)

@@ -2,47 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 
+from example_runs import run
 from tdprobe import ScoreTable
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
-
-# Runs an example and prints, as the last line, some of its variables and the curves of its figures.
-RUN = """
-import json, runpy, sys
-import matplotlib.pyplot as plt
-import numpy as np
-folder, name, *wanted = sys.argv[1:]
-sys.path.insert(0, folder)
-found = runpy.run_path(f"{folder}/{name}.py", run_name="__main__")
-figures = [plt.figure(number) for number in plt.get_fignums()]
-curves = {line.get_label(): line.get_ydata() for figure in figures for ax in figure.axes for line in ax.lines}
-plain = lambda value: value.to_json() if hasattr(value, "to_json") else np.asarray(value).tolist()
-print(json.dumps({"curves": curves, "figures": len(figures)} | {key: found[key] for key in wanted}, default=plain))
-"""
-
-
-def run(name: str, *wanted: str) -> tuple[dict[str, Any], str]:
-    """Return what an example computed, and what it printed."""
-    environment = {**os.environ, "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", RUN, str(EXAMPLES), name, *wanted]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=EXAMPLES.parent, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    *printed, last = done.stdout.splitlines()
-    return json.loads(last), "\n".join(printed)
 
 
 def test_tokens_with_massive_activations_decide_the_picture_of_the_layers() -> None:
-    found, printed = run("plot_01_layers_of_a_language_model", "tables", "to_last")
+    found = run("plot_01_layers_of_a_language_model", "tables", "to_last")
+    printed = found["printed"]
     every, headless, ten, three = (ScoreTable.from_json(text).matrix() for text in found["tables"].values())
     # One word decides: above layer 10 all is one block, cut off from below. With a limit the block dissolves.
     assert headless[11:28, 11:28].min() > 0.9 and headless[11:28, :11].max() < 0.3
@@ -61,7 +30,7 @@ def test_tokens_with_massive_activations_decide_the_picture_of_the_layers() -> N
 
 
 def test_similarity_to_the_final_checkpoint_rises_with_the_step() -> None:
-    found, _ = run("plot_02_training_checkpoints", "table", "gap", "layers")
+    found = run("plot_02_training_checkpoints", "table", "gap", "layers")
     table = ScoreTable.from_json(found["table"])
     curves = np.array([found["curves"][layer] for layer in found["layers"]])
     assert curves.shape == (4, 6) and found["figures"] == 2
@@ -75,7 +44,8 @@ def test_similarity_to_the_final_checkpoint_rises_with_the_step() -> None:
 
 
 def test_generated_tokens_are_cached_in_order_and_an_early_stop_ends_the_pass() -> None:
-    found, printed = run("plot_03_caching_and_generate", "phases", "shapes", "probability", "ran", "difference")
+    found = run("plot_03_caching_and_generate", "phases", "shapes", "probability", "ran", "difference")
+    printed = found["printed"]
     assert "Paris" in printed
     assert found["phases"] == ["prompt"] + ["generated"] * 7
     assert found["shapes"] == [[1, 5, 576]] + [[1, 1, 576]] * 7

@@ -98,7 +98,8 @@ class LayerComparison:
         """
         scorer = self._scorer_of_banks() if self.one_at_a_time else self.scorer
         labels = [parted_name(name) for name in scorer.layers]
-        blocks = score_blocks(scorer.scores(), self.estimators, labels, scorer.n - scorer.n_dropped)
+        scores = scorer.scores()
+        blocks = score_blocks(scores, self.estimators, labels, scorer.rows_behind())
         return ScoreTable(blocks, {**self.meta, **scorer.facts(), **run_facts()})
 
     # All checkpoints in memory: rows of a batch meet at once, and nothing but sums is kept.

@@ -114,6 +114,25 @@ def _sort_edits(hooks: OrderedDict[int, Any] | None) -> None:
         hooks.move_to_end(key, last=False)
 
 
+class AddedHook:
+    """Take one hook off for good, while others stay.
+
+    Args:
+        among: The hooks that it is lifted and set again with.
+        hook: The hook.
+    """
+
+    def __init__(self, among: list[Handle], hook: Hook) -> None:
+        self._among = among
+        self._hook = hook
+
+    def remove(self) -> None:
+        """Remove the hook; a second time does nothing."""
+        self._hook.remove()
+        if self._hook in self._among:
+            self._among.remove(self._hook)
+
+
 class MultiHookHandle:
     """Many handles as one; removed last in, first out.
 
@@ -130,6 +149,12 @@ class MultiHookHandle:
 
     def __iter__(self) -> Iterator[Handle]:
         return iter(self._handles)
+
+    def add(self, hook: Hook) -> AddedHook:
+        """Install one more hook, and return what takes it off again."""
+        hook.install()
+        self._handles.append(hook)
+        return AddedHook(self._handles, hook)
 
     def install(self) -> None:
         """Install every hook that is not installed; on any error remove them all and re-raise."""

@@ -140,6 +140,47 @@ def keep(tensor: Any) -> Any:
     return lazy_copy(tensor) if small is tensor else small
 
 
+def has_gradient(value: Any) -> bool:
+    """Tell whether gradients are being recorded for ``value``."""
+    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
+
+
+def keep_attached(value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | None]:
+    """Keep a module's output so that gradients reach what is kept.
+
+    Args:
+        value: The output.
+        args: What the module was given by position.
+        kwargs: What it was given by name.
+
+    Returns:
+        What is kept, and the twin that the model must go on with for gradients to pass through what is kept; ``None``:
+        it goes on with ``value``.
+    """
+    kept = keep(value)
+    if not has_gradient(value):
+        return kept, None
+    if _is_given(value, args, kwargs) or not _laid_out_alike(kept, value):
+        mirror_gradient(value, kept)
+        return kept, None
+    # Gradients reach what is kept only if the model goes on from it.
+    return kept, lazy_copy(kept)
+
+
+def _is_given(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a module hands back (a view of) its input, or a parameter, which others may write to."""
+    base = value._base if value._is_view() else value
+    given = (*args, *kwargs.values())
+    return value.is_leaf or any(
+        arg is base or (arg._is_view() and arg._base is base) for arg in given if isinstance(arg, Tensor)
+    )
+
+
+def _laid_out_alike(kept: Tensor, value: Tensor) -> bool:
+    """Tell whether the model can go on from ``kept`` and compute the same bits."""
+    return value.layout is torch.strided and not value.is_nested and kept.stride() == value.stride()
+
+
 def mirror_gradient(value: Tensor, kept: Tensor) -> None:
     """Let ``kept.retain_grad()`` see the gradient of ``value``, of which it is a copy off the path of the model.
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from tdprobe.contexts import Site
@@ -15,11 +14,11 @@ from tdprobe.hooks import (
     first_tensor,
     get_direction,
     keep,
-    lazy_copy,
     mirror_gradient,
     replace_first_tensor,
 )
 from tdprobe.hooks.gate import in_backward
+from tdprobe.hooks.values import has_gradient, keep_attached
 from tdprobe.stream.rows import token_rows
 
 if TYPE_CHECKING:
@@ -48,16 +47,11 @@ def _output_hook(context: CachingContext, site: Site, key: Any) -> Callable[...,
         if not admits() or in_backward():
             return None
         value = output if type(output) is Tensor else _tensor_of(output, site)
-        kept = keep(value)
+        kept, twin = keep_attached(value, args, kwargs)
         context.store(key, kept)
         context.fired(site)
-        if not _has_gradient(value):
+        if twin is None:
             return None
-        if _is_given(value, args, kwargs) or not _laid_out_alike(kept, value):
-            mirror_gradient(value, kept)
-            return None
-        # Gradients reach what is kept only if the model goes on from it.
-        twin = lazy_copy(kept)
         return twin if output is value else replace_first_tensor(output, twin)
 
     return hook
@@ -72,7 +66,7 @@ def _input_hook(context: CachingContext, site: Site, key: Any) -> Callable[..., 
         value = _tensor_of((args, kwargs), site)
         kept = keep(value)
         context.store(key, kept)
-        if _has_gradient(value):
+        if has_gradient(value):
             mirror_gradient(value, kept)
         context.fired(site)
 
@@ -99,7 +93,7 @@ def _computing_hook(
                 return
         kept = keep(value)
         context.store(key, kept)
-        if _has_gradient(value):
+        if has_gradient(value):
             mirror_gradient(value, kept)
         context.fired(site)
 
@@ -135,24 +129,6 @@ def _selected(context: CachingContext, site: Site, value: Any) -> Tensor:
         raise StateError(f"tokens are selected from a tensor, and {site.name!r} gave a {type(value).__name__}")
     # A mean is taken in float32 at least; what is cached has the dtype of the activation.
     return token_rows(site.name, value, clause.select(call)).to(value.dtype)
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()
-
-
-def _laid_out_alike(kept: Tensor, value: Tensor) -> bool:
-    """Tell whether the model can go on from ``kept`` and compute the same bits."""
-    return value.layout is torch.strided and not value.is_nested and kept.stride() == value.stride()
-
-
-def _is_given(value: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a module hands back (a view of) its input, or a parameter, which others may write to."""
-    base = value._base if value._is_view() else value
-    given = (*args, *kwargs.values())
-    return value.is_leaf or any(
-        arg is base or (arg._is_view() and arg._base is base) for arg in given if isinstance(arg, Tensor)
-    )
 
 
 def _tensor_of(value: Any, site: Site) -> Any:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe import registry
 from tdprobe.errors import ConfigError, StateError
-from tdprobe.estimator import Estimator
+from tdprobe.estimator import Estimator, not_finite, score_all, warn_not_finite
 from tdprobe.stats.state import State, Statistic
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
@@ -104,6 +105,8 @@ class Scorer:
     layers: tuple[str, ...] = ()
     n: int = 0
     _dropped: int = 0
+    _behind: dict[str, int] = field(default_factory=dict)
+    _duplicates: dict[str, int] = field(default_factory=dict)
     _states: dict[Statistic, State] = field(default_factory=dict)
     _buffer: RowBuffer = field(init=False)
 
@@ -155,21 +158,34 @@ class Scorer:
         Returns:
             By label: (layers,) for layer estimators, (layers, layers) for pair estimators.
         """
-        states = self.states()
-        return {
-            label: estimator.score(states[estimator.statistic()])["score"]
-            for label, estimator in self.estimators.items()
-        }
+        states: dict[Statistic, Any] = self.states()
+        found = score_all(self.estimators, states)
+        bad = [name for scores in found.values() for name in not_finite(scores, self.layers)]
+        warn_not_finite(list(dict.fromkeys(bad)))
+        self._behind = {label: int(states[item.statistic()].n) for label, item in self.estimators.items()}
+        self._duplicates = self._repeats(found.values())
+        return {label: scores["score"] for label, scores in found.items()}
+
+    def rows_behind(self) -> dict[str, int]:
+        """Return how many rows the last scores of each estimator come from."""
+        return self._behind
+
+    def _repeats(self, found: Iterable[TensorDict]) -> dict[str, int]:
+        counts = (scores.get("duplicates", None) for scores in found)
+        pairs = (zip(self.layers, count.tolist(), strict=True) for count in counts if count is not None)
+        return {name: count for layers in pairs for name, count in layers if count}
 
     def facts(self) -> dict[str, Any]:
         """Return what a table says about the rows and how they were scored."""
-        return {
+        facts = {
             "estimators": {label: repr(estimator) for label, estimator in self.estimators.items()},
             "rows": self.n,
             "outliers": self.n_dropped,
             "max_norm": self.max_norm,
             "rows_per_update": self.portion,
         }
+        # Rows that repeat an earlier one, by layer; estimators of neighbours count them.
+        return {**facts, "duplicates": self._duplicates} if self._duplicates else facts
 
     def _rest(self) -> Batch | None:
         return self._ordinary(self._buffer.rest()) if self._buffer.n else None
@@ -202,7 +218,10 @@ def check_portion(portion: Any) -> None:
 
 
 def score_blocks(
-    scores: dict[str, Tensor], estimators: dict[str, Estimator], labels: Sequence[tuple[str, str]], n: int
+    scores: dict[str, Tensor],
+    estimators: dict[str, Estimator],
+    labels: Sequence[tuple[str, str]],
+    n: int | Mapping[str, int],
 ) -> list[ScoreBlock]:
     """Cut scores over all layers of all checkpoints into one block per pair of checkpoints.
 
@@ -210,7 +229,7 @@ def score_blocks(
         scores: By estimator label: (l,) or (l, l).
         estimators: The estimators by label.
         labels: (checkpoint, layer) of each of the l rows.
-        n: Rows behind each score.
+        n: Rows behind each score, one number or by estimator label.
     """
     places: dict[str, list[int]] = {}
     for place, (checkpoint, _) in enumerate(labels):
@@ -219,11 +238,12 @@ def score_blocks(
     blocks = []
     for label, values in scores.items():
         array, symmetric = values.cpu().double().numpy(), estimators[label].spec.symmetric
+        count = n if isinstance(n, int) else n[label]
         if array.ndim == 1:
-            blocks += [ScoreBlock(label, a, a, layers[a], None, array[i], n) for a, i in places.items()]
+            blocks += [ScoreBlock(label, a, a, layers[a], None, array[i], count) for a, i in places.items()]
             continue
         for position, (a, rows) in enumerate(places.items()):
             for b, columns in list(places.items())[position if symmetric else 0 :]:
                 part = array[np.ix_(rows, columns)]
-                blocks.append(ScoreBlock(label, a, b, layers[a], layers[b], part, n, symmetric))
+                blocks.append(ScoreBlock(label, a, b, layers[a], layers[b], part, count, symmetric))
     return blocks

@@ -56,7 +56,8 @@ class ScoringContext(StreamContext):
         factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
         scorer = self.scorer
         labels = [(factory.name, layer) for layer in scorer.layers]
-        blocks = score_blocks(scorer.scores(), scorer.estimators, labels, scorer.n - scorer.n_dropped)
+        scores = scorer.scores()
+        blocks = score_blocks(scores, scorer.estimators, labels, scorer.rows_behind())
         meta = {
             "model": type(self.model).__name__,
             "layers": factory.key_pattern,

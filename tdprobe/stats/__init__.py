@@ -3,16 +3,20 @@
 from tdprobe.stats.cross import Cross, CrossState
 from tdprobe.stats.gram import Gram, GramState, gram_products
 from tdprobe.stats.moments import Moments, MomentsState
+from tdprobe.stats.neighbors import Neighbors, NeighborTable
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
-from tdprobe.stats.state import State, Statistic, layer_list
+from tdprobe.stats.state import Derivation, State, Statistic, layer_list
 
 __all__ = [
     "Cross",
     "CrossState",
+    "Derivation",
     "Gram",
     "GramState",
     "Moments",
     "MomentsState",
+    "NeighborTable",
+    "Neighbors",
     "Reservoir",
     "ReservoirState",
     "State",

@@ -51,6 +51,21 @@ class Statistic(ABC):
         """Return ``state`` with ``rows`` added; the given state keeps its value."""
 
 
+class Derivation(ABC):
+    """Say what to work out from a state before scoring; a hashable value, like a statistic.
+
+    What several estimators need of one state is joined and worked out once.
+    """
+
+    @abstractmethod
+    def joined(self, other: Any) -> Self | None:
+        """Return what serves both in one go, or ``None`` where there is no such thing."""
+
+    @abstractmethod
+    def __call__(self, state: Any) -> Any:
+        """Work it out; the result is a value with the ``n`` of the state."""
+
+
 def undisturbed(update: Callable[..., S]) -> Callable[..., S]:
     """Run an update outside of the caller's autograd, autocast and inference mode, which are the model's."""
 

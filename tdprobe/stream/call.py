@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from tdprobe._types import named_forward
 from tdprobe.errors import ConfigError
 
 Phase = Literal["prompt", "generated"]
@@ -87,6 +88,7 @@ class CallReader:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        model = named_forward(model)
         parameters = list(inspect.signature(model.forward).parameters.values())
         plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._names = [p.name for p in parameters if p.kind in plain]

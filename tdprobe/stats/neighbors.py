@@ -1,0 +1,196 @@
+"""Neighbours in every layer of a bank, found once for all estimators that read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from tensordict import TensorClass
+from torch import Tensor
+
+from tdprobe._types import Float
+from tdprobe.errors import ConfigError
+from tdprobe.stats.distances import Space
+from tdprobe.stats.mean_ranks import Partners, mean_ranks, partners_of
+from tdprobe.stats.nearest import Wanted, find_nearest
+from tdprobe.stats.reservoir import ReservoirState
+from tdprobe.stats.state import Derivation, layer_list, working_dtype
+
+# Most rows in a block, and bytes for the blocks of all layers that are needed at once.
+BLOCK, BUDGET = 128, 64 * 2**20
+
+
+class NeighborTable(TensorClass):
+    """Hold what `Neighbors` found in a bank of m rows, in l layers; NaN for layers that are not finite.
+
+    Attributes:
+        ids: Sample ids of the rows, ``(m,)`` int64.
+        distances: Distance of each row to its neighbours of the ranks ``(*lead, l, m, q)`` float64.
+        ranks: The ranks q, ``(q,)`` int64, 1 for the nearest.
+        imbalance: ``(*lead, l, l)`` float64, from the layer of the row to that of the column; or
+            ``(*lead, 0, 0)``.
+        repeated: Whether an earlier row is equal, ``(*lead, l, m)`` bool.
+        finite: Whether a layer holds finite numbers only, ``(*lead, l)`` bool.
+    """
+
+    ids: Tensor
+    distances: Tensor
+    ranks: Tensor
+    imbalance: Tensor
+    repeated: Tensor
+    finite: Tensor
+
+    @property
+    def n(self) -> Tensor:
+        """Count the rows, int64."""
+        return torch.tensor(len(self.ids))
+
+    @property
+    def duplicates(self) -> Tensor:
+        """Count the rows that repeat an earlier one, ``(*lead, l)`` int64."""
+        return self.repeated.sum(-1)
+
+    def at(self, rank: int) -> Float[Tensor, "*lead l m"]:
+        """Return the distances to the neighbours of one rank, infinite where there is none.
+
+        Raises:
+            ConfigError: The rank is not in the table.
+        """
+        (place,) = (self.ranks == rank).nonzero().unbind(1)
+        if len(place) == 0:
+            raise ConfigError(f"the table lacks rank {rank}; it holds {self.ranks.tolist()}")
+        return self.distances[..., int(place)]
+
+
+@dataclass(frozen=True)
+class Neighbors(Derivation):
+    """Say what to find out about the neighbours of the rows of a bank.
+
+    Candidates come from products in float32 of centred rows; whatever those cannot tell apart is decided by
+    differences in float64, so near duplicates and offsets cost no digits. Memory is bounded by a block of rows.
+
+    Args:
+        ranks: Neighbours whose distances are wanted, 1 for the nearest.
+        imbalance: Find the information imbalance between all layers.
+        p: Order of the norm.
+        distinct: Count rows that are equal once, and none as its own copy's neighbour.
+        beyond: Without ``distinct``: neighbours up to this distance do not count.
+
+    Example:
+        >>> table = Neighbors((1, 2)).of_rows([torch.tensor([[0.0], [1.0], [3.0], [3.0]])])
+        >>> table.distances[0].tolist(), int(table.duplicates)
+        ([[1.0, 3.0], [1.0, 2.0], [2.0, 3.0], [2.0, 3.0]], 1)
+    """
+
+    ranks: tuple[int, ...] = ()
+    imbalance: bool = False
+    p: float = 2.0
+    distinct: bool = True
+    beyond: float = 0.0
+
+    def joined(self, other: Any) -> Neighbors | None:
+        """Return what serves both in one pass, or ``None`` where they count neighbours differently."""
+        if not isinstance(other, Neighbors):
+            return None
+        if (self.p, self.distinct, self.beyond) != (other.p, other.distinct, other.beyond):
+            return None
+        ranks = tuple(sorted({*self.ranks, *other.ranks}))
+        return replace(self, ranks=ranks, imbalance=self.imbalance or other.imbalance)
+
+    def __call__(self, state: ReservoirState) -> NeighborTable:
+        """Find the neighbours in the rows of a bank."""
+        return self.of_rows(layer_list(state.rows), state.ids)
+
+    def of_rows(self, rows: Sequence[Tensor], ids: Tensor | None = None) -> NeighborTable:
+        """Find the neighbours in rows at hand.
+
+        Args:
+            rows: One tensor per layer, ``(*lead, m, d_layer)``.
+            ids: Ids of the rows, by default 0, 1, ...
+        """
+        working_dtype(rows)
+        ids = torch.arange(rows[0].shape[-2], device=rows[0].device) if ids is None else ids
+        # The caller's autograd, autocast and inference mode are the model's.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            table = self._empty(rows, ids)
+            for index in product(*map(range, rows[0].shape[:-2])):
+                self._fill(table, index, [x[index].detach() for x in rows])
+        return table
+
+    def _empty(self, rows: Sequence[Tensor], ids: Tensor) -> NeighborTable:
+        lead, n, layers = rows[0].shape[:-2], rows[0].shape[-2], len(rows)
+        squares = layers * self.imbalance
+
+        def full(*shape: int) -> Tensor:
+            return torch.full((*lead, *shape), torch.nan, dtype=torch.float64, device=rows[0].device)
+
+        return NeighborTable(
+            ids=ids,
+            distances=full(layers, n, len(self.ranks)),
+            ranks=torch.tensor(self.ranks, dtype=torch.int64),
+            imbalance=full(squares, squares),
+            repeated=full(layers, n) > 0,
+            finite=torch.stack([x.isfinite().flatten(-2).all(-1) for x in rows], -1),
+        )
+
+    def _fill(self, table: NeighborTable, index: tuple[int, ...], rows: Sequence[Tensor]) -> None:
+        layers = [i for i in range(len(rows)) if bool(table.finite[(*index, i)])]
+        # Only imbalance looks at several layers at once; otherwise one is done before the next begins.
+        for group in [layers] if self.imbalance else [[i] for i in layers]:
+            spaces = {i: Space(rows[i], self.p) for i in group}
+            for i, space in spaces.items():
+                table.repeated[(*index, i)] = space.repeated
+            if rows[0].shape[0] > 1 and group:
+                _Pass(self, spaces).run(table, index)
+
+
+def as_neighbors(state: ReservoirState | NeighborTable, wanted: Neighbors) -> NeighborTable:
+    """Return a table as it is, and work it out from a bank."""
+    return state if isinstance(state, NeighborTable) else wanted(state)
+
+
+class _Pass:
+    """Walk over the rows of one data set, a block of all layers at a time."""
+
+    def __init__(self, config: Neighbors, spaces: dict[int, Space]) -> None:
+        ranks = config.ranks if not config.imbalance or 1 in config.ranks else (1, *config.ranks)
+        self.config, self.spaces = config, spaces
+        self.wanted = Wanted(ranks, config.distinct, config.beyond, ties=config.imbalance)
+
+    def run(self, table: NeighborTable, index: tuple[int, ...]) -> None:
+        n, device = len(table.ids), table.distances.device
+        size = max(16, min(BLOCK, BUDGET // sum(s.points * s.dtype.itemsize for s in self.spaces.values())))
+        # Fresh memory for every block would cost as much as the products in it.
+        memory = {
+            i: torch.empty(size, space.points, dtype=space.dtype, device=device) for i, space in self.spaces.items()
+        }
+        sums = torch.zeros(len(self.spaces), len(self.spaces), dtype=torch.float64, device=device)
+        for rows in torch.arange(n, device=device).split(size):
+            blocks = {i: space.block(rows, out=memory[i][: len(rows)]) for i, space in self.spaces.items()}
+            partners = []
+            for i, space in self.spaces.items():
+                nearest = find_nearest(space, rows, blocks[i], self.wanted)
+                kept = nearest.measures[:, len(self.wanted.ranks) - len(self.config.ranks) :]
+                table.distances[(*index, i)][rows] = space.distance(kept)
+                if self.config.imbalance:
+                    partners.append(partners_of(space, rows, nearest))
+            if self.config.imbalance:
+                sums += self._ranks(rows, blocks, partners)
+        if self.config.imbalance:
+            held = torch.tensor(list(self.spaces), device=device)
+            table.imbalance[index][held.unsqueeze(1), held] = 2 * sums / n**2
+
+    def _ranks(self, rows: Tensor, blocks: dict[int, Tensor], partners: list[Partners]) -> Tensor:
+        """Sum, over some rows, the ranks of the nearest rows of each layer (first index) in each (second)."""
+        total = torch.empty(len(partners), len(partners), dtype=torch.float64, device=rows.device)
+        for place, (i, space) in enumerate(self.spaces.items()):
+            # In their own layer the nearest rows are tied for the first places.
+            total[place, place] = ((partners[place].counts + 1) / 2).double().sum()
+            others = [other for other in range(len(partners)) if other != place]
+            if others:
+                found = mean_ranks(space, rows, blocks[i], [partners[other] for other in others])
+                total[others, place] = found.sum(0)
+        return total

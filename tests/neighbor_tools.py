@@ -1,0 +1,105 @@
+"""Slow and plain references for neighbours, and data that make distances hard."""
+
+from __future__ import annotations
+
+import torch
+
+TIE = 1e-12
+
+
+def distances(x, p=2.0):
+    """Sum differences in float64: (n, n)."""
+    x = x.double()
+    return torch.cdist(x, x, p, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def neighbour_distances(x, ranks, distinct=True, beyond=0.0):
+    """Sort all distances of each row: (n, ranks)."""
+    x = x if x.shape[1] else torch.zeros(len(x), 1)
+    others = torch.unique(x, dim=0).double() if distinct else x.double()
+    found = torch.cdist(x.double(), others, compute_mode="donot_use_mm_for_euclid_dist")
+    if not distinct:
+        found.fill_diagonal_(torch.inf)
+    found[found <= beyond] = torch.inf
+    ascending = torch.cat([found.sort(1).values, torch.full((len(x), max(ranks)), torch.inf)], 1)
+    return ascending[:, [rank - 1 for rank in ranks]]
+
+
+def imbalance(x, y, p=2.0):
+    """Rank row by row, tied rows by the mean of their places."""
+    n, total = len(x), 0.0
+    near, far = distances(x, p), distances(y, p)
+    for i in range(n):
+        others = torch.arange(n) != i
+        a, b = near[i][others], far[i][others]
+        targets = b[a <= a.min() * (1 + TIE)]
+        nearer = (b.unsqueeze(0) < targets.unsqueeze(1) * (1 - TIE)).sum(1)
+        tied = ((b.unsqueeze(0) - targets.unsqueeze(1)).abs() <= targets.unsqueeze(1) * TIE).sum(1)
+        total += float((nearer + (tied + 1).double() / 2).mean())
+    return 2 * total / n**2
+
+
+def hard_layers(n=150):
+    """Return pairs of layers by what is hard about them."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    base, line = normal(n, 5), torch.linspace(0, 1, n).unsqueeze(1)
+    pairs = base[: n // 2].repeat(2, 1)
+    massive = normal(n, 40)
+    massive[:, 7] += 3e3 * (torch.arange(n) % 50 == 0)
+    return {
+        "ordinary": (base, normal(n, 70)),
+        "related": (base, base + 0.1 * normal(n, 5)),
+        "rectified": (normal(n, 3).relu().round(decimals=1), normal(n, 4).relu().round(decimals=1)),
+        "repeated": (base[torch.randint(0, n // 3, (n,), generator=g)], normal(n, 3)),
+        "binary": (normal(n, 3).sign(), normal(n, 9).sign()),
+        "constant": (torch.ones(n, 3), base),
+        "near duplicates": (pairs + 1e-6 * normal(n // 2 * 2, 5), base),
+        "offset": (base + 1000, normal(n, 3) - 3000),
+        "line": (line * normal(1, 50), base),
+        "scales": (base * 1e-25, base * 1e25),
+        "float64": (base.double() + 1e6, normal(n, 2).double() * 1e-9),
+        "outliers": (torch.cat([base[:-2], base[-2:] * 1e6]), torch.cat([base[:-3], base[-3:] * 1e4])),
+        "massive column": (massive, base),
+        "tight clusters": (base * 1e-5 + 100.0 * (torch.arange(n) % 3).unsqueeze(1), base),
+        "half precision": (base.half(), base.bfloat16()),
+        "lattice": (torch.cartesian_prod(torch.arange(15.0), torch.arange(n // 15 * 1.0)), base),
+        "no columns": (torch.zeros(n, 0), base),
+    }
+
+
+def manifolds(n, seed=0):
+    """Return uniform samples of manifolds and their dimension by name: (n, D) float64 and d."""
+    g = torch.Generator().manual_seed(seed)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    # The arc length of the roll grows like the square of the angle: uniform on the sheet, not in the angle.
+    angle = ((1.5 * torch.pi) ** 2 + uniform(n) * ((4.5 * torch.pi) ** 2 - (1.5 * torch.pi) ** 2)).sqrt()
+    roll = torch.stack([angle * angle.cos(), 21 * uniform(n), angle * angle.sin()], 1)
+    lift = torch.linalg.qr(normal(30, 30)).Q
+    return {
+        "line": (uniform(n, 1) @ normal(1, 20), 1),
+        "circle": (torch.nn.functional.normalize(normal(n, 2), dim=1), 1),
+        "sphere": (torch.nn.functional.normalize(normal(n, 3), dim=1), 2),
+        "swiss roll": (roll, 2),
+        "sphere in 5 dimensions": (torch.nn.functional.normalize(normal(n, 5), dim=1), 4),
+        "cube": (uniform(n, 3) @ lift[:3], 3),
+        "hypercube": (uniform(n, 5) @ lift[:5], 5),
+    }
+
+
+def scored(estimator, *rows):
+    """Return all scores of layers at hand, as a one-shot call has them before it picks."""
+    from tdprobe.stream.batch import Batch
+
+    batch = Batch({f"layer {i}": x for i, x in enumerate(rows)}, torch.arange(rows[0].shape[-2]))
+    statistic = estimator._one_shot(batch)
+    return estimator.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))

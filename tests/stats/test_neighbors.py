@@ -1,0 +1,192 @@
+"""Neighbours are exact whatever the data, in bounded memory, and found once for all that need them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from neighbor_tools import hard_layers, imbalance, neighbour_distances
+from tdprobe.errors import ConfigError
+from tdprobe.stats import Neighbors, Reservoir, nearest, neighbors
+from tdprobe.stats import distances as distances_module
+from tdprobe.stats.distances import Space, smallest
+
+LAYERS = hard_layers()
+SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() for side in "ab"}
+RANKS = (1, 2, 7, 20)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("rule", [{}, {"distinct": False, "beyond": 1e-5}, {"distinct": False, "beyond": 0.5}])
+    @pytest.mark.parametrize("name", SINGLE)
+    def test_distances_agree_with_sorting_them_all(self, name, rule):
+        found = Neighbors(RANKS, **rule).of_rows([SINGLE[name]]).distances[0]
+        torch.testing.assert_close(found, neighbour_distances(SINGLE[name], RANKS, **rule), rtol=1e-9, atol=0)
+
+    @pytest.mark.parametrize("p", [2.0, 1.0, 3.0, float("inf"), 0.0])
+    @pytest.mark.parametrize("name", LAYERS)
+    def test_imbalance_agrees_with_ranking_row_by_row(self, name, p):
+        x, y = LAYERS[name]
+        found = Neighbors(imbalance=True, p=p).of_rows([x, y]).imbalance
+        assert float(found[0, 1]) == pytest.approx(imbalance(x, y, p), abs=1e-9)
+        assert float(found[1, 0]) == pytest.approx(imbalance(y, x, p), abs=1e-9)
+        assert float(found[0, 0]) == pytest.approx(imbalance(x, x, p), abs=1e-9)
+
+    def test_many_layers_at_once_are_the_pairs_one_by_one(self):
+        rows = [x for name in ("related", "repeated", "rectified", "massive column") for x in LAYERS[name]]
+        whole = Neighbors((1, 4), imbalance=True).of_rows(rows)
+        for a in range(len(rows)):
+            for b in range(len(rows)):
+                pair = Neighbors(imbalance=True).of_rows([rows[a], rows[b]]).imbalance
+                assert float(whole.imbalance[a, b]) == pytest.approx(float(pair[0, 1]), rel=1e-14)
+        assert torch.equal(whole.distances[3], Neighbors((1, 4)).of_rows([rows[3]]).distances[0])
+
+    @pytest.mark.parametrize("name", ["ordinary", "outliers", "massive column", "tight clusters", "offset", "line"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_fast_measures_err_by_no_more_than_their_slack(self, name, dtype):
+        for x in LAYERS[name]:
+            space, rows = Space(x), torch.arange(len(x))
+            exact = space.exact_block(rows)
+            off = (space.block(rows, dtype).double() + space.offset(rows).unsqueeze(1) - exact).abs()
+            other = space.own != torch.arange(space.points).unsqueeze(1)
+            assert bool((off <= space.slack(rows, exact, dtype))[other.mT].all())
+
+    def test_lower_precision_of_products_is_noticed(self, monkeypatch):
+        x, y = LAYERS["ordinary"]
+        usual = Neighbors(RANKS, imbalance=True).of_rows([x, y])
+        assert Space(x).dtype == torch.float32
+        monkeypatch.setattr(distances_module, "_float32_is_exact", lambda device: False)
+        assert Space(x).dtype == torch.float64
+        careful = Neighbors(RANKS, imbalance=True).of_rows([x, y])
+        assert torch.equal(careful.imbalance, usual.imbalance)
+        torch.testing.assert_close(careful.distances, usual.distances, rtol=1e-12, atol=0)
+
+    def test_ordinary_rows_are_settled_by_the_first_products(self, monkeypatch):
+        monkeypatch.setattr(nearest, "_by_differences", None)
+        monkeypatch.setattr(Space, "_far", None)
+        Neighbors(RANKS, imbalance=True).of_rows(list(LAYERS["ordinary"]))
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.integers(-9, 9), min_size=1, max_size=300), st.integers(1, 40))
+    def test_smallest_finds_what_sorting_finds(self, values, k):
+        row = torch.tensor([values], dtype=torch.float32)
+        found, places = smallest(row, k)
+        assert torch.equal(found.sort().values, row.sort().values[:, :k])
+        assert torch.equal(row.gather(1, places), found) and len(set(places[0].tolist())) == found.shape[1]
+
+
+class Watch(TorchDispatchMode):
+    """Record the largest tensor that an operation makes, and the longest rows that are sorted."""
+
+    largest, sorted_rows = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        # Views and broadcasts of what exists cost nothing.
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in made)])
+        if "sort" in str(func) and "search" not in str(func) and args[0].ndim > 1:
+            self.sorted_rows = max(self.sorted_rows, args[0].shape[-1])
+        return out
+
+
+class TestMemory:
+    @pytest.mark.parametrize("config", [Neighbors((1, 2)), Neighbors((30, 60)), Neighbors((1, 2), imbalance=True)])
+    def test_is_bounded_by_the_block_and_nothing_of_length_n_is_sorted(self, config, monkeypatch):
+        n = 3000
+        monkeypatch.setattr(neighbors, "BUDGET", 2**19)
+        rows = [torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+        with Watch() as watch:
+            config.of_rows(rows)
+        # The matrix would be 36 MB; indices of the candidates in a block are what is largest.
+        assert 0 < watch.largest <= 4 * 2**20
+        assert watch.sorted_rows <= 60 + 4
+
+    def test_blocks_do_not_show_in_the_result(self, monkeypatch):
+        rows = [*LAYERS["related"], *LAYERS["repeated"], *LAYERS["binary"]]
+        whole = Neighbors(RANKS, imbalance=True).of_rows(rows)
+        monkeypatch.setattr(neighbors, "BLOCK", 17)
+        for module in (distances_module, nearest):
+            monkeypatch.setattr(module, "EXACT_BLOCK", 500)
+        monkeypatch.setattr(distances_module, "STEP", 64)
+        parts = Neighbors(RANKS, imbalance=True).of_rows(rows)
+        torch.testing.assert_close(parts.imbalance, whole.imbalance, rtol=1e-12, atol=0)
+        torch.testing.assert_close(parts.distances, whole.distances, rtol=1e-12, atol=0)
+
+
+class TestTable:
+    def test_repeated_rows_are_counted_once_each(self):
+        x = torch.tensor([[1.0], [2.0], [1.0], [-0.0], [1.0], [0.0]])
+        table = Neighbors((1,)).of_rows([x, x + 1])
+        assert table.repeated[0].tolist() == [False, False, True, False, True, True]
+        assert table.duplicates.tolist() == [3, 3]
+
+    def test_a_layer_that_is_not_finite_scores_nan_and_leaves_the_others_alone(self):
+        x, y = LAYERS["ordinary"]
+        bad = x.clone()
+        bad[3, 1] = torch.nan
+        table = Neighbors((1, 2), imbalance=True).of_rows([x, bad, y])
+        assert table.finite.tolist() == [True, False, True]
+        good = Neighbors((1, 2), imbalance=True).of_rows([x, y])
+        assert torch.equal(table.imbalance[[0, 0, 2, 2], [0, 2, 0, 2]], good.imbalance.flatten())
+        assert table.imbalance[1].isnan().all() and table.imbalance[:, 1].isnan().all()
+        assert table.distances[1].isnan().all() and torch.equal(table.distances[[0, 2]], good.distances)
+
+    def test_leading_dimensions_are_data_sets_of_their_own(self):
+        x, y = torch.randn(2, 3, 40, 4), torch.randn(2, 3, 40, 2)
+        whole = Neighbors((1, 3), imbalance=True).of_rows([x, y])
+        assert whole.distances.shape == (2, 3, 2, 40, 2) and whole.imbalance.shape == (2, 3, 2, 2)
+        one = Neighbors((1, 3), imbalance=True).of_rows([x[1, 2], y[1, 2]])
+        assert torch.equal(whole.imbalance[1, 2], one.imbalance)
+        assert torch.equal(whole.distances[1, 2], one.distances)
+
+    def test_a_bank_gives_what_its_rows_give(self):
+        x, ids = torch.randn(60, 4), torch.arange(60) * 7
+        state = Reservoir(25).update(Reservoir(25).init([x], ids), [x], ids)
+        table = Neighbors((1, 2))(state)
+        assert torch.equal(table.ids, state.ids) and int(table.n) == 25
+        assert torch.equal(table.distances, Neighbors((1, 2)).of_rows([x[state.ids // 7]]).distances)
+
+    def test_ranks_are_looked_up_by_number(self):
+        table = Neighbors((2, 5)).of_rows([torch.randn(9, 2)])
+        assert torch.equal(table.at(5), table.distances[..., 1])
+        with pytest.raises(ConfigError, match=r"lacks rank 1; it holds \[2, 5\]"):
+            table.at(1)
+
+    def test_modes_of_the_caller_do_not_reach_in(self):
+        x, y = LAYERS["related"]
+        plain = Neighbors((1,), imbalance=True).of_rows([x, y])
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+            found = Neighbors((1,), imbalance=True).of_rows([x, y])
+        assert torch.equal(found.distances, plain.distances) and not found.distances.is_inference()
+        assert torch.equal(found.imbalance, plain.imbalance)
+        assert not Neighbors((1,)).of_rows([x.clone().requires_grad_()]).distances.requires_grad
+
+
+class TestJoining:
+    def test_serves_both(self):
+        joined = Neighbors((1, 2)).joined(Neighbors((2, 9), imbalance=True))
+        assert joined == Neighbors((1, 2, 9), imbalance=True)
+        assert hash(joined) == hash(Neighbors((1, 2, 9), imbalance=True))
+
+    @pytest.mark.parametrize("other", [Neighbors((1,), p=1.0), Neighbors((1,), distinct=False), "cka"])
+    def test_of_different_rules_is_refused(self, other):
+        assert Neighbors((1, 2)).joined(other) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(3, 40), st.integers(1, 4), st.integers(1, 5), st.booleans())
+def test_random_small_integers_with_all_their_ties(seed, n, width, high, distinct):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randint(0, high + 1, (n, width), generator=g).float() for _ in range(2))
+    rule = {"distinct": distinct}
+    found = Neighbors((1, 2, 3), **rule).of_rows([x]).distances[0]
+    torch.testing.assert_close(found, neighbour_distances(x, (1, 2, 3), **rule), rtol=1e-12, atol=0)
+    table = Neighbors(imbalance=True).of_rows([x, y]).imbalance
+    assert float(table[0, 1]) == pytest.approx(imbalance(x, y), abs=1e-12)
+    order = torch.randperm(n, generator=g)
+    assert torch.allclose(Neighbors(imbalance=True).of_rows([x[order], y[order]]).imbalance, table, rtol=1e-14)
