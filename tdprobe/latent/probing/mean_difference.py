@@ -14,11 +14,11 @@ from tdprobe.errors import ConfigError
 class MeanDifferenceClassifier:
     """Tell two classes by the nearer of their means.
 
-    coef = mean_1 - mean_0 and intercept = -(|mean_1|^2 - |mean_0|^2) / 2, so that coef x + intercept is zero
+    ``coef = mean_1 - mean_0`` and ``intercept = -(|mean_1|^2 - |mean_0|^2) / 2``: ``coef x + intercept`` is zero
     half-way between the means. Means are taken in float64.
 
     Args:
-        normalize: Divide both by |coef|, unless that is zero: decisions stay the same, and ``coef x +
+        normalize: Divide both by ``|coef|``, unless that is zero: decisions stay the same, and ``coef x +
             intercept`` becomes a distance.
 
     Example:
