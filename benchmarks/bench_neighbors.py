@@ -1,32 +1,24 @@
-"""Neighbours of many rows, and of many layers: against the distance products, and against sorting every distance."""
+"""Neighbours of many rows: against the distance products, and against sorting every distance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from benchmarks.distances import WIDTH, floor, gaussian, rank_all, sort_all
 from benchmarks.harness import Bar, Measured, Setup, bench, interleave
 from benchmarks.peak import peak_mb
 from tdprobe.latent import InformationImbalanceEstimator, LocalKnnDimensionEstimator, TwoNnDimensionEstimator
-from tdprobe.stats import Neighbors
 
-WIDTH, LAYERS, LAYER_WIDTH, BLOCK = 256, 30, 576, 128
-# Pairs that are timed by sorting; their time is scaled to all 435.
-SAMPLE = 4
 ESTIMATORS = {
     "twonn": TwoNnDimensionEstimator,
     "local_knn": LocalKnnDimensionEstimator,
     "imbalance": InformationImbalanceEstimator,
 }
 PEAKS = {"twonn": "score_twonn", "local_knn": "score_local_knn", "imbalance": "score_imbalance"}
-
-
-def gaussian(n: int, width: int = WIDTH, seed: int = 0) -> Tensor:
-    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
 
 
 def score(name: str, x: Tensor, y: Tensor) -> None:
@@ -43,26 +35,6 @@ def score_local_knn(n: int) -> None:
 
 def score_imbalance(n: int) -> None:
     score("imbalance", gaussian(n), gaussian(n, seed=1))
-
-
-def floor(inputs: Sequence[Tensor]) -> None:
-    """Compute the bare squared distances of all rows, a block at a time: what nobody can do without."""
-    for x in inputs:
-        squares, out = x.square().sum(1), torch.empty(BLOCK, len(x))
-        for rows in x.split(BLOCK):
-            torch.addmm(squares, rows, x.mT, alpha=-2, out=out[: len(rows)])
-
-
-def sort_all(x: Tensor) -> Tensor:
-    """Compute all distances and sort them, the textbook way to neighbours."""
-    return torch.cdist(x, x).fill_diagonal_(torch.inf).sort(1).values[:, :2]
-
-
-def rank_all(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Compute both rank matrices, the textbook way to information imbalance."""
-    order = [torch.cdist(z, z).fill_diagonal_(-torch.inf).argsort(1) for z in (x, y)]
-    ranks = [found.argsort(1) for found in order]
-    return [2 / len(x) * ranks[b].gather(1, order[a][:, 1:2]).double().mean() for a, b in ((0, 1), (1, 0))]
 
 
 @bench(
@@ -106,35 +78,3 @@ def neighbors(setup: Setup) -> dict[str, Measured]:
 
 def _calls(x: Tensor, y: Tensor) -> dict[str, Callable[[], None]]:
     return {name: partial(score, name, x, y) for name in ESTIMATORS}
-
-
-@bench(
-    "neighbor_pairs",
-    f"{LAYERS} layers of {LAYER_WIDTH} columns: imbalance of all pairs (N = 2048), and every estimator from one pass",
-    {
-        f"imbalance over 435 rankings ({SAMPLE} timed)": Bar("gain", 20),
-        "imbalance over the floor": Bar("ratio"),
-        "all three over imbalance alone": Bar("ratio", 1.5),
-    },
-)
-def neighbor_pairs(setup: Setup) -> dict[str, Measured]:
-    n, few = (64, 1) if setup.tiny else (2048, min(setup.rounds, 3))
-    layers = [gaussian(n, LAYER_WIDTH, seed) for seed in range(LAYERS)]
-    k = max(2, int(n**0.5))
-    times = interleave(
-        {
-            "floor": lambda: floor(layers),
-            "ours": lambda: Neighbors(imbalance=True).of_rows(layers),
-            "all": lambda: Neighbors((1, 2, k, 2 * k), imbalance=True).of_rows(layers),
-            "pairs": lambda: [rank_all(layers[i], layers[i + 1]) for i in range(SAMPLE)],
-        },
-        few,
-    )
-    pairs = LAYERS * (LAYERS - 1) // 2
-    return {
-        f"imbalance over 435 rankings ({SAMPLE} timed)": Measured(
-            times["ours"], [value * pairs / SAMPLE for value in times["pairs"]]
-        ),
-        "imbalance over the floor": Measured(times["ours"], times["floor"]),
-        "all three over imbalance alone": Measured(times["all"], times["ours"]),
-    }

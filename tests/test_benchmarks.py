@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["caching", "cka", "early_stop", "import", "scoring", "toy_llama"]
+NAMES = ["caching", "cka", "early_stop", "import", "neighbor_pairs", "neighbors", "scoring", "toy_llama"]
 
 
 @pytest.fixture(scope="module")
