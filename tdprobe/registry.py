@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import Any, Literal, TypeVar, get_args
 
 from tdprobe.errors import ConfigError, unknown
 
 GROUP = "tdprobe.estimators"
 Kind = Literal["layer", "pair", "supervised"]
+Mode = Literal["strict", "robust"]
 Invariance = Literal["permutation", "orthogonal", "isotropic scaling", "translation", "invertible linear"]
 
 
@@ -32,7 +34,8 @@ class Spec:
         needs: Names of the statistics it can read.
         cost: Leading cost, such as ``"n d^2"``.
         reference: The paper.
-        streaming: Constructor arguments for a stream of batches, where they differ from the defaults.
+        streaming: Constructor arguments for a stream of batches, where they differ from the defaults (``mode``,
+            which a stream sets to ``"robust"``, aside).
 
     Raises:
         ConfigError: A kind or an invariance that does not exist, or bounds out of order.
@@ -108,19 +111,39 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_classes))
 
 
-def streaming(estimator: Any) -> Any:
+def check_mode(mode: Any) -> Mode:
+    """Return a mode, or say which there are.
+
+    ``"strict"`` is the convention of the paper, or of the documented interface; ``"robust"`` what holds up on the
+    activations of real models: duplicates, few samples, outlying rows.
+
+    Raises:
+        ConfigError: No such mode.
+    """
+    if mode not in get_args(Mode):
+        raise ConfigError(unknown("mode", mode, get_args(Mode)))
+    return mode
+
+
+def streaming(estimator: Any, mode: Mode = "robust") -> Any:
     """Return the estimator to use on a stream of batches.
 
     Args:
-        estimator: A name or class, built with the ``streaming`` arguments of its spec; an instance is the
-            user's own choice and comes back as it is.
+        estimator: A name or class, built with the ``streaming`` arguments of its spec and in this mode, where it
+            knows modes; an instance is the user's own choice and comes back as it is.
+        mode: ``"robust"`` or ``"strict"``.
 
     Example:
         >>> streaming("cka").unbiased
         True
     """
-    cls = get(estimator) if isinstance(estimator, str) else estimator
-    return cls(**cls.spec.streaming) if isinstance(cls, type) else cls
+    cls: Any = get(estimator) if isinstance(estimator, str) else estimator
+    if not isinstance(cls, type):
+        return cls
+    arguments = dict(cls.spec.streaming)
+    if "mode" in signature(cls).parameters:
+        arguments["mode"] = check_mode(mode)
+    return cls(**arguments)
 
 
 @cache

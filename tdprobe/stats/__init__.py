@@ -2,6 +2,7 @@
 
 from tdprobe.stats.cross import Cross, CrossState
 from tdprobe.stats.gram import Gram, GramState, gram_products
+from tdprobe.stats.jackknife import jackknife_se, mean_se
 from tdprobe.stats.moments import Moments, MomentsState
 from tdprobe.stats.neighbors import Neighbors, NeighborTable
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
@@ -22,5 +23,7 @@ __all__ = [
     "State",
     "Statistic",
     "gram_products",
+    "jackknife_se",
     "layer_list",
+    "mean_se",
 ]

@@ -149,6 +149,11 @@ class Cross(Statistic):
     name: ClassVar[str] = "cross"
     unbiased: bool = False
 
+    @property
+    def route(self) -> str:
+        """Say what is kept."""
+        return "cross-covariances"
+
     def nbytes(self, widths: Sequence[int], data_sets: int = 1) -> int:
         """Return the size of a state in bytes, so that a caller can refuse before allocating it.
 

@@ -84,6 +84,11 @@ class Gram(Statistic):
     name: ClassVar[str] = "gram"
     unbiased: bool = True
 
+    @property
+    def route(self) -> str:
+        """Say that rows meet those of their own update only."""
+        return "minibatch Grams"
+
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> GramState:
         """Return zero sums for the layers of ``rows``."""
         working_dtype(rows)

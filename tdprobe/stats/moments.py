@@ -64,6 +64,15 @@ class Moments(Statistic):
 
     name: ClassVar[str] = "moments"
 
+    @property
+    def route(self) -> str:
+        """Say what is kept."""
+        return "covariance"
+
+    def nbytes(self, widths: Sequence[int], data_sets: int = 1) -> int:
+        """Return the size of a state in bytes."""
+        return 8 * (1 + data_sets * sum(d + d * d for d in widths))
+
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> MomentsState:
         """Return zero moments for the layers of ``rows``."""
         working_dtype(rows)

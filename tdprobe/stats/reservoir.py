@@ -113,6 +113,7 @@ class Reservoir(Statistic):
     """
 
     name: ClassVar[str] = "reservoir"
+    additive: ClassVar[bool] = False
     size: int = 4096
     seed: int = 0
 
@@ -120,6 +121,11 @@ class Reservoir(Statistic):
         """Refuse a size that keeps nothing."""
         if self.size < 1:
             raise ConfigError(f"got size={self.size}; allowed are integers from 1 on")
+
+    @property
+    def route(self) -> str:
+        """Say how many rows at most."""
+        return f"bank of {self.size} rows"
 
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> ReservoirState:
         """Return an empty sample for the layers of ``rows``."""

@@ -41,6 +41,26 @@ class Statistic(ABC):
     """
 
     name: ClassVar[str]
+    # Whether a state is made of sums, so that it can be kept in groups of rows at no more work.
+    additive: ClassVar[bool] = True
+
+    @property
+    def route(self) -> str:
+        """Say in a few words how scores come about, for tables."""
+        return self.name
+
+    def nbytes(self, widths: Sequence[int], data_sets: int = 1) -> int:
+        """Return about how many bytes a state takes; 0 where that is never worth a thought.
+
+        Args:
+            widths: Width of each layer.
+            data_sets: Product of the leading dimensions.
+        """
+        return 0
+
+    def cheaper(self) -> Statistic | None:
+        """Return what to use instead where a state would be too large; ``None`` where there is nothing."""
+        return None
 
     @abstractmethod
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> State:
