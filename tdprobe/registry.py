@@ -61,6 +61,14 @@ class Spec:
         if not self.bounds[0] < self.bounds[1]:
             raise ConfigError(f"{self.name!r} has bounds {self.bounds}; allowed is (lower, upper)")
 
+    @property
+    def larger_is_similar(self) -> bool | None:
+        """Whether larger scores mean more similar layers; ``None`` if the scores say nothing of similarity."""
+        words = self.larger_means.lower()
+        if any(word in words for word in ("dissimilar", "different", "distan", "less similar", "farther")):
+            return False
+        return True if "similar" in words else None
+
 
 _classes: dict[str, Any] = {}
 T = TypeVar("T")

@@ -122,8 +122,7 @@ def parted_name(name: str) -> tuple[str, str]:
 def _kept(part: Batch, common: set[int]) -> Batch:
     # Samples come in the order of the batch in every checkpoint, so the common ones line up.
     take = torch.tensor([place for place, key in enumerate(part.ids.tolist()) if key in common], dtype=torch.long)
-    rows = {layer: values.index_select(0, take.to(values.device)) for layer, values in part.rows.items()}
-    return Batch(rows, part.ids[take])
+    return part.select(take)
 
 
 def _side_by_side(parts: Mapping[str, Batch]) -> Batch:

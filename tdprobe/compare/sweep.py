@@ -19,15 +19,11 @@ from tdprobe.compare.versions import run_facts
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import Estimator
 from tdprobe.hooks.match import block_pattern, compile_pattern
-from tdprobe.latent.scorer import (
-    DEFAULT_MAX_NORM,
-    DEFAULT_PORTION,
-    Scorer,
-    resolve_estimators,
-    score_blocks,
-    tokens_text,
-)
+from tdprobe.latent.estimator_list import resolve_estimators
+from tdprobe.latent.score_blocks import score_blocks
+from tdprobe.latent.scorer import DEFAULT_MAX_NORM, DEFAULT_PORTION, Scorer, check_scoring, tokens_text
 from tdprobe.modules import user_model
+from tdprobe.registry import Mode
 from tdprobe.stream.outliers import MIN_ROWS
 from tdprobe.stream.tokens import TokenClause
 from tdprobe.tables import ScoreTable
@@ -57,18 +53,22 @@ class LayerComparison:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         progress: bool = True,
+        mode: Mode = "robust",
+        **scoring: Any,
     ) -> None:
         self.checkpoints = as_checkpoints(models, dtype=dtype, device=device)
-        self.estimators = resolve_estimators(estimators)
+        self.estimators = resolve_estimators(estimators, mode)
+        self._scoring = check_scoring(scoring)
         self._layers = _patterns(self.checkpoints, layers)
         self._rows: dict[str, Any] = {"tokens": tokens, "skip_first": skip_first}
         self._per_text = is_per_text(TokenClause(**self._rows))
-        self.scorer = Scorer(self.estimators, rows_per_update, max_norm)
+        self.scorer = Scorer(self.estimators, rows_per_update, max_norm, **self._scoring)
         self._banks = Banks(bank_size)
         self._runs = 0
         self._tokenizing: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
         self._progress = progress
-        self.meta: dict[str, Any] = {"tokens": tokens_text(tokens), "skip_first": skip_first, "checkpoints": {}}
+        facts = {"tokens": tokens_text(tokens), "skip_first": skip_first, "mode": mode}
+        self.meta: dict[str, Any] = {**facts, "checkpoints": {}}
         self.one_at_a_time = need_one_at_a_time(self.checkpoints) if one_at_a_time is None else one_at_a_time
 
     def run(self, batches: Iterable[Any]) -> None:
@@ -98,8 +98,7 @@ class LayerComparison:
         """
         scorer = self._scorer_of_banks() if self.one_at_a_time else self.scorer
         labels = [parted_name(name) for name in scorer.layers]
-        scores = scorer.scores()
-        blocks = score_blocks(scores, self.estimators, labels, scorer.rows_behind())
+        blocks = score_blocks(scorer.scored(), self.estimators, labels)
         return ScoreTable(blocks, {**self.meta, **scorer.facts(), **run_facts()})
 
     # All checkpoints in memory: rows of a batch meet at once, and nothing but sums is kept.
@@ -139,7 +138,7 @@ class LayerComparison:
     def _scorer_of_banks(self) -> Scorer:
         batch, left_out = self._banks.joined()
         self._count_left_out(left_out)
-        scorer = Scorer(self.estimators, max(batch.n, MIN_ROWS), self.scorer.max_norm)
+        scorer = Scorer(self.estimators, max(batch.n, MIN_ROWS), self.scorer.max_norm, **self._scoring)
         scorer.push(batch)
         return scorer
 
@@ -191,7 +190,8 @@ def compare_layers(
         **options: ``tokens="all"``, ``skip_first=1``, ``max_norm=4`` and ``rows_per_update=512`` choose the rows
             as in :class:`tdprobe.latent.LayerScoring`; ``one_at_a_time=None`` loads checkpoints one after the
             other when they would fill more than half of the free memory, and then compares ``bank_size=4096``
-            sampled rows, the same in all; ``batch_size=16`` and ``max_length=128`` for texts; ``dtype`` and
+            sampled rows, the same in all; ``mode="robust"``, ``groups=8``, ``null=0`` and ``memory_budget`` as in
+            :class:`tdprobe.latent.LayerScoring`; ``batch_size=16`` and ``max_length=128`` for texts; ``dtype`` and
             ``device`` for loading; ``progress=True``.
 
     Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from tdprobe.errors import ConfigError, StateError
 from tdprobe.hooks import Hook, MultiHookHandle, first_tensor, keep, match_modules
 from tdprobe.hooks.gate import in_backward
 from tdprobe.hooks.match import compile_pattern
+from tdprobe.latent.call_items import ItemContext, ItemModule
+from tdprobe.latent.items import check_keys, select_items
 from tdprobe.modules import HookedModule
 from tdprobe.stats.hashing import mix64
 from tdprobe.stream.batch import Batch
@@ -23,7 +25,7 @@ from tdprobe.stream.rows import token_rows
 from tdprobe.stream.tokens import Selection, TokenClause
 
 
-class StreamContext(HookingContext):
+class StreamContext(ItemContext):
     """Collect the rows of each forward pass and hand them on when the pass has ended without an error."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +71,7 @@ class StreamContext(HookingContext):
 
     def _begin(self, call: Call) -> None:
         self._rows = {}
+        self.expect_items()
         clause: TokenClause = self.factory.clause  # ty: ignore[missing-attribute]
         self._selection = None if call.shape is None else clause.select(call)
         self._samples, self._next_ids = self._next_ids, None
@@ -79,8 +82,16 @@ class StreamContext(HookingContext):
         rows, self._rows = self._rows, {}
         if not rows:
             return
-        n = next(iter(rows.values())).shape[0]
-        self.consume(Batch({name: rows[name] for name in self._order(rows)}, self._ids(call, n)))
+        first = next(iter(rows.values()))
+        targets = self._targets(first.shape[0], first.device)
+        ids = self._ids(call, first.shape[0])
+        self.consume(Batch({name: rows[name] for name in self._order(rows)}, ids, targets))
+
+    def _targets(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Give every row what else the call said of its sample."""
+        items = self.items(backward=False)
+        found = items if self._selection is None else select_items(items, self._selection)
+        return {key: _as_target(key, value, n).to(device) for key, value in found.items()}
 
     def _order(self, rows: dict[str, Tensor]) -> list[str]:
         return [site.name for site in self.sites if site.name in rows]
@@ -110,9 +121,12 @@ class LayerStreaming(HookingContextFactory):
         skip_first: Real tokens at the start of each row that never count.
         early_stop: End calls of the hooked module after the last layer.
         required: A pattern that matches nothing, or layers that never run, are errors.
+        additional_keys: Keys of the input, or keywords, that say more of the samples; one entry for each sample or
+            for each token.
     """
 
     _hooking_context_class: type[HookingContext] = StreamContext
+    _hooked_module_class = ItemModule
 
     def __init__(
         self,
@@ -123,8 +137,10 @@ class LayerStreaming(HookingContextFactory):
         skip_first: int = 1,
         early_stop: bool = False,
         required: bool = True,
+        additional_keys: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
+        self.additional_keys = check_keys(additional_keys)
         compile_pattern(key_pattern)
         self.key_pattern = key_pattern
         self.relative = relative
@@ -139,12 +155,27 @@ class LayerStreaming(HookingContextFactory):
             raise StateError(f"{type(self).__name__} needs a StreamContext, got {type(context).__name__}")
         prefix = "" if self.relative else module.relative_path
         matched = match_modules(context.model, self.key_pattern, prefix=prefix, required=self.required)
-        hooks = [context.tracker.hooks[0]]
+        items = context.item_hooks()
+        hooks = [*items[:1], context.tracker.hooks[0]]
         for name, submodule in matched.items():
             site = Site(name)
             context.sites.append(site)
             hooks.append(Hook(submodule, "fwd", _streaming_hook(context, site)))
-        return MultiHookHandle([*hooks, context.tracker.hooks[1]])
+        # Items are forgotten only after the rows of the pass were handed on.
+        return MultiHookHandle([*hooks, context.tracker.hooks[1], *items[1:]])
+
+
+def _as_target(key: str, value: Any, n: int) -> Tensor:
+    try:
+        target = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{key!r} is a {type(value).__name__}; give numbers, one or more for each sample") from None
+    if target.ndim == 0 or target.shape[0] != n:
+        raise ConfigError(
+            f"{key!r} has shape {tuple(target.shape)} for {n} rows; give one entry for each sample, or (batch, tokens)"
+        )
+    # Whole numbers stay exact: they may be labels.
+    return target.detach().reshape(n, -1).to(target.dtype if target.is_floating_point() else torch.float64)
 
 
 def _streaming_hook(context: StreamContext, site: Site) -> Callable[..., None]:

@@ -2,73 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe import registry
-from tdprobe.errors import ConfigError, StateError
+from tdprobe.errors import CallError, ConfigError, StateError, unknown
 from tdprobe.estimator import Estimator, not_finite, score_all, warn_not_finite
-from tdprobe.stats.state import State, Statistic
+from tdprobe.latent.group_errors import group_errors
+from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, source_of, with_rows
+from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
+from tdprobe.latent.score_blocks import Scored
+from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.state import State
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
 from tdprobe.stream.outliers import MIN_ROWS, check_max_norm, without_outliers
-from tdprobe.tables.block import ScoreBlock
 
 DEFAULT_PORTION = 512
 # Four median lengths: in language models scores no longer depend on the limit from here down, and rows that are normal
 # in two or more dimensions are this long less than once in 50,000.
 DEFAULT_MAX_NORM = 4.0
-
-
-def resolve_estimators(estimators: Any) -> dict[str, Estimator]:
-    """Turn names and instances into estimators by label.
-
-    A name is its own label. An object is labelled by the name of its method, or, where that is taken,
-    ``"cka-2"`` and so on.
-
-    Args:
-        estimators: Registry names, estimator objects or classes; or one of them.
-
-    Raises:
-        ConfigError: A name is unknown, an item is neither, or none is given.
-
-    Example:
-        >>> from tdprobe import CkaEstimator
-        >>> list(resolve_estimators([CkaEstimator(), "cka"]))
-        ['cka-2', 'cka']
-    """
-    items = list(estimators) if isinstance(estimators, Iterable) and not isinstance(estimators, str) else [estimators]
-    if not items:
-        raise ConfigError(f"estimators is empty; known ones: {', '.join(registry.names())}")
-    labels = {item for item in items if isinstance(item, str)}
-    found: dict[str, Estimator] = {}
-    for item in items:
-        estimator = _estimator(item)
-        label = item if isinstance(item, str) else _label(estimator.spec.name, labels)
-        labels.add(label)
-        found[label] = estimator
-    return found
-
-
-def _estimator(item: Any) -> Estimator:
-    known = isinstance(item, str) or (isinstance(item, type) and issubclass(item, Estimator))
-    if not known and not isinstance(item, Estimator):
-        names = ", ".join(registry.names())
-        raise ConfigError(f"estimators holds registry names ({names}) or estimator objects; got {item!r}")
-    return registry.streaming(item)
-
-
-def _label(name: str, taken: set[str]) -> str:
-    label, count = name, 2
-    while label in taken:
-        label, count = f"{name}-{count}", count + 1
-    return label
+# Groups of rows that are left out in turn to see how much scores vary.
+DEFAULT_GROUPS = 8
+DEFAULT_MEMORY = 2 * 2**30
+# Null scores come from a bank: a stream cannot be shuffled.
+NULL_SOURCE = Source(Reservoir())
 
 
 def tokens_text(tokens: Any) -> str:
@@ -90,47 +51,64 @@ def tokens_text(tokens: Any) -> str:
 
 @dataclass
 class Scorer:
-    """Keep one state per statistic over all layers.
+    """Keep one state per source over all layers.
 
     Attributes:
         estimators: By label.
         portion: Rows per update, 8 or more.
         max_norm: Rows longer than this many median lengths are left out; ``None`` keeps all.
+        groups: Groups of rows for standard errors; 0 for none.
+        null: Permutations for null scores of pairs; 0 for none.
+        memory_budget: Bytes that the state of a statistic may take.
         n: Rows seen so far, with those that are left out.
     """
 
-    estimators: dict[str, Estimator]
+    estimators: Mapping[str, Estimator]
     portion: int = DEFAULT_PORTION
     max_norm: float | None = DEFAULT_MAX_NORM
+    groups: int = DEFAULT_GROUPS
+    null: int = 0
+    memory_budget: float = DEFAULT_MEMORY
     layers: tuple[str, ...] = ()
     n: int = 0
     _dropped: int = 0
-    _behind: dict[str, int] = field(default_factory=dict)
     _duplicates: dict[str, int] = field(default_factory=dict)
-    _states: dict[Statistic, State] = field(default_factory=dict)
+    _sources: dict[str, Source] = field(default_factory=dict)
+    _states: dict[Source, GroupedState] = field(default_factory=dict)
     _buffer: RowBuffer = field(init=False)
 
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
         check_portion(self.portion)
+        check_scoring({"groups": self.groups, "null": self.null})
         self._buffer = RowBuffer(self.portion)
 
     def push(self, batch: Batch) -> None:
         """Add the rows of one forward pass to every layer.
 
         Raises:
-            ConfigError: A layer did not run, or gave rows of another width.
+            ConfigError: A layer did not run, or gave rows of another width, or a state would take too much memory.
+            MissingKeyError: A supervised estimator lacks its targets.
         """
         if batch.n == 0:
             return
+        if not self._sources:
+            self._begin(batch)
         self._buffer.push(batch)
         self.layers = self.layers or tuple(batch.rows)
         self.n += batch.n
         for portion in self._buffer.portions():
             kept = self._ordinary(portion)
             # An update that is interrupted leaves everything as it was, and the next one makes up for it.
-            self._states = self._updated(kept) if kept is not None else self._states
+            self._states = with_rows(self._states, kept) if kept is not None else self._states
             self._dropped += portion.n - (kept.n if kept is not None else 0)
+
+    def _begin(self, batch: Batch) -> None:
+        sources = {label: source_of(item, batch, self.memory_budget) for label, item in self.estimators.items()}
+        widths = [x.shape[-1] for x in batch.rows.values()]
+        wanted = [*sources.values(), *([NULL_SOURCE] if self.null else [])]
+        self._states = {source: empty_groups(source, widths, self.groups) for source in dict.fromkeys(wanted)}
+        self._sources = sources
 
     @property
     def n_dropped(self) -> int:
@@ -138,19 +116,14 @@ class Scorer:
         rest = self._rest()
         return self._dropped + self._buffer.n - (rest.n if rest is not None else 0)
 
-    def states(self) -> dict[Statistic, State]:
-        """Return the states over every row so far, without ending the stream.
+    def states(self) -> dict[str, State]:
+        """Return the state behind each estimator over every row so far, by label, without ending the stream.
 
         Raises:
             StateError: No row has come.
         """
-        if self.n == 0:
-            raise StateError(
-                "no row has been scored yet: run the model inside the block first, on texts with tokens that tokens= "
-                "and skip_first= leave to be scored"
-            )
-        rest = self._rest()
-        return self._updated(rest) if rest is not None else dict(self._states)
+        totals = {source: held.total() for source, held in self._groups().items()}
+        return {label: totals[source] for label, source in self._sources.items()}
 
     def scores(self) -> dict[str, Tensor]:
         """Score all layers.
@@ -158,17 +131,44 @@ class Scorer:
         Returns:
             By label: (layers,) for layer estimators, (layers, layers) for pair estimators.
         """
-        states: dict[Statistic, Any] = self.states()
-        found = score_all(self.estimators, states)
+        return {label: scored.score for label, scored in self.scored().items()}
+
+    def scored(self) -> dict[str, Scored]:
+        """Score all layers, with errors, null scores and the rows behind them."""
+        groups = self._groups()
+        totals: dict[Source, Any] = {source: held.total() for source, held in groups.items()}
+        found = score_all(self.estimators, totals, self._sources)
         bad = [name for scores in found.values() for name in not_finite(scores, self.layers)]
         warn_not_finite(list(dict.fromkeys(bad)))
-        self._behind = {label: int(states[item.statistic()].n) for label, item in self.estimators.items()}
         self._duplicates = self._repeats(found.values())
-        return {label: scores["score"] for label, scores in found.items()}
+        errors = group_errors(self.estimators, self._sources, groups, found)
+        nulls = self._nulls(totals, found)
+        return {
+            label: Scored(
+                scores["score"],
+                int(totals[self._sources[label]].n),
+                self._sources[label].statistic.route,
+                scores.get("se", errors.get(label)),
+                nulls.get(label),
+            )
+            for label, scores in found.items()
+        }
 
-    def rows_behind(self) -> dict[str, int]:
-        """Return how many rows the last scores of each estimator come from."""
-        return self._behind
+    def _nulls(self, totals: Mapping[Source, Any], found: Mapping[str, TensorDict]) -> dict[str, Null]:
+        pairs = {label: item for label, item in self.estimators.items() if item.spec.kind == "pair"}
+        if not self.null or not pairs:
+            return {}
+        bank: ReservoirState = totals[NULL_SOURCE]
+
+        def score(batch: Batch) -> dict[str, Tensor]:
+            scorer = Scorer(pairs, min(self.portion, max(batch.n, MIN_ROWS)), None, 0, 0, self.memory_budget)
+            scorer.push(batch)
+            return scorer.scores()
+
+        drawn = permutation_null(bank, self.null, score)
+        return {
+            label: compare_with_null(found[label]["score"], drawn[label], item.spec) for label, item in pairs.items()
+        }
 
     def _repeats(self, found: Iterable[TensorDict]) -> dict[str, int]:
         counts = (scores.get("duplicates", None) for scores in found)
@@ -184,8 +184,18 @@ class Scorer:
             "max_norm": self.max_norm,
             "rows_per_update": self.portion,
         }
+        facts = {**facts, "permutations": self.null} if self.null else facts
         # Rows that repeat an earlier one, by layer; estimators of neighbours count them.
         return {**facts, "duplicates": self._duplicates} if self._duplicates else facts
+
+    def _groups(self) -> dict[Source, GroupedState]:
+        if self.n == 0:
+            raise StateError(
+                "no row has been scored yet: run the model inside the block first, on texts with tokens that tokens= "
+                "and skip_first= leave to be scored"
+            )
+        rest = self._rest()
+        return with_rows(self._states, rest) if rest is not None else self._states
 
     def _rest(self) -> Batch | None:
         return self._ordinary(self._buffer.rest()) if self._buffer.n else None
@@ -193,18 +203,8 @@ class Scorer:
     def _ordinary(self, batch: Batch) -> Batch | None:
         kept = without_outliers(batch, self.max_norm)
         # Too few to be worth an update of their own; without any other rows, the estimator will say so.
-        return None if kept.n < MIN_ROWS and (self._states or not kept.n) else kept
-
-    def _updated(self, batch: Batch) -> dict[Statistic, State]:
-        rows = [batch.rows[name] for name in self.layers]
-        states = dict(self._states)
-        # The forward pass may run under autocast or inference mode; statistics must not.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(rows[0].device.type, enabled=False):
-            for statistic in {estimator.statistic() for estimator in self.estimators.values()}:
-                state = states.get(statistic)
-                state = statistic.init(rows, batch.ids) if state is None else state
-                states[statistic] = statistic.update(state, rows, batch.ids)
-        return states
+        begun = any(held.filled for held in self._states.values())
+        return None if kept.n < MIN_ROWS and (begun or not kept.n) else kept
 
 
 def check_portion(portion: Any) -> None:
@@ -217,33 +217,20 @@ def check_portion(portion: Any) -> None:
         raise ConfigError(f"rows_per_update is a number of rows (an int of at least {MIN_ROWS}), got {portion!r}")
 
 
-def score_blocks(
-    scores: dict[str, Tensor],
-    estimators: dict[str, Estimator],
-    labels: Sequence[tuple[str, str]],
-    n: int | Mapping[str, int],
-) -> list[ScoreBlock]:
-    """Cut scores over all layers of all checkpoints into one block per pair of checkpoints.
+def check_scoring(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for errors, nulls and memory, with their defaults.
 
-    Args:
-        scores: By estimator label: (l,) or (l, l).
-        estimators: The estimators by label.
-        labels: (checkpoint, layer) of each of the l rows.
-        n: Rows behind each score, one number or by estimator label.
+    Raises:
+        ConfigError: ``groups`` is neither 0 nor an int from 3 on, ``null`` is no int from 0 on, or another name.
     """
-    places: dict[str, list[int]] = {}
-    for place, (checkpoint, _) in enumerate(labels):
-        places.setdefault(checkpoint, []).append(place)
-    layers = {name: tuple(labels[i][1] for i in found) for name, found in places.items()}
-    blocks = []
-    for label, values in scores.items():
-        array, symmetric = values.cpu().double().numpy(), estimators[label].spec.symmetric
-        count = n if isinstance(n, int) else n[label]
-        if array.ndim == 1:
-            blocks += [ScoreBlock(label, a, a, layers[a], None, array[i], count) for a, i in places.items()]
-            continue
-        for position, (a, rows) in enumerate(places.items()):
-            for b, columns in list(places.items())[position if symmetric else 0 :]:
-                part = array[np.ix_(rows, columns)]
-                blocks.append(ScoreBlock(label, a, b, layers[a], layers[b], part, count, symmetric))
-    return blocks
+    found = {"groups": DEFAULT_GROUPS, "null": 0, "memory_budget": DEFAULT_MEMORY}
+    for name in options:
+        if name not in found:
+            raise CallError(unknown("argument", name, found))
+    found |= options
+    groups, null = found["groups"], found["null"]
+    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 0 or groups in (1, 2):
+        raise ConfigError(f"groups of rows for standard errors are 0 (none) or an int from 3 on, got {groups!r}")
+    if isinstance(null, bool) or not isinstance(null, int) or null < 0:
+        raise ConfigError(f"null counts permutations (an int from 0 on, such as 99), got {null!r}")
+    return found

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdprobe.estimator import Estimator
+from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.layer_stream import LayerStreaming, StreamContext
+from tdprobe.latent.score_blocks import score_blocks
 from tdprobe.latent.scorer import (
+    DEFAULT_GROUPS,
     DEFAULT_MAX_NORM,
+    DEFAULT_MEMORY,
     DEFAULT_PORTION,
     Scorer,
     check_portion,
-    resolve_estimators,
-    score_blocks,
+    check_scoring,
     tokens_text,
 )
+from tdprobe.registry import Mode
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.outliers import check_max_norm
 from tdprobe.tables import ScoreTable
@@ -35,7 +39,7 @@ class ScoringContext(StreamContext):
     def reset(self) -> None:
         """Forget every row."""
         factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
-        self.scorer = Scorer(factory.estimators, factory.rows_per_update, factory.max_norm)
+        self.scorer = Scorer(factory.estimators, **factory.scoring)
 
     def consume(self, batch: Batch) -> None:
         """Add the rows of one finished forward pass."""
@@ -56,13 +60,13 @@ class ScoringContext(StreamContext):
         factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
         scorer = self.scorer
         labels = [(factory.name, layer) for layer in scorer.layers]
-        scores = scorer.scores()
-        blocks = score_blocks(scores, scorer.estimators, labels, scorer.rows_behind())
+        blocks = score_blocks(scorer.scored(), scorer.estimators, labels)
         meta = {
             "model": type(self.model).__name__,
             "layers": factory.key_pattern,
             "tokens": tokens_text(factory.clause.tokens),
             "skip_first": factory.clause.skip_first,
+            "mode": factory.mode,
         }
         return ScoreTable(blocks, meta | scorer.facts())
 
@@ -80,8 +84,9 @@ class LayerScoring(LayerStreaming):
 
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name.
-        estimators: Registry names or estimator objects. A name stands for the streaming form of its method
-            (``"cka"``: minibatch unbiased linear CKA); an object is taken as it is configured.
+        estimators: Registry names or estimator objects, or a dict from labels to them. A name stands for the
+            streaming form of its method (``"cka"``: minibatch unbiased linear CKA); an object is taken as it is
+            configured.
         relative: Names start at the user's model; ``False`` starts them at the wrapper.
         tokens: Which tokens of each row count: ``"last"``, ``"mean"``, ``"all"``, a span, ...;
             see :class:`tdprobe.stream.tokens.TokenClause`.
@@ -93,6 +98,15 @@ class LayerScoring(LayerStreaming):
         early_stop: End calls of the hooked module after the last layer.
         required: A pattern that matches nothing, or layers that never run, are errors.
         name: What the table calls the model.
+        mode: How estimators that are given by name treat duplicates, few samples and outlying rows:
+            ``"robust"``, or ``"strict"`` as in their papers.
+        groups: Groups of rows that are left out in turn to estimate standard errors (jackknife); 0 for none.
+        null: Permutations of the rows that show what unrelated layers would score, such as 99; each costs about
+            as much as scoring a bank of 4,096 rows with twice as many layers.
+        memory_budget: Bytes that a state may take; where an estimator needs more, a cheaper route is taken, with
+            a warning, or refused.
+        additional_keys: Keys of the input, or keywords, that estimators read besides the layers: attributes,
+            labels. By default those that the estimators name.
 
     Raises:
         ConfigError: An estimator or an argument is unknown; on enter also for a pattern that matches nothing.
@@ -115,7 +129,7 @@ class LayerScoring(LayerStreaming):
     def __init__(
         self,
         key_pattern: str,
-        estimators: Sequence[str | Estimator] = ("cka",),
+        estimators: Sequence[str | Estimator] | Mapping[str, Any] = ("cka",),
         relative: bool = True,
         *,
         tokens: Any = "all",
@@ -125,7 +139,14 @@ class LayerScoring(LayerStreaming):
         early_stop: bool = False,
         required: bool = True,
         name: str = "model",
+        mode: Mode = "robust",
+        groups: int = DEFAULT_GROUPS,
+        null: int = 0,
+        memory_budget: float = DEFAULT_MEMORY,
+        additional_keys: Sequence[Any] | None = None,
     ) -> None:
+        self.estimators = resolve_estimators(estimators, mode)
+        read = (key for estimator in self.estimators.values() for key in estimator.target_keys)
         super().__init__(
             key_pattern,
             relative=relative,
@@ -133,10 +154,11 @@ class LayerScoring(LayerStreaming):
             skip_first=skip_first,
             early_stop=early_stop,
             required=required,
+            additional_keys=list(dict.fromkeys(read)) if additional_keys is None else additional_keys,
         )
-        self.estimators = resolve_estimators(estimators)
         check_max_norm(max_norm)
         check_portion(rows_per_update)
-        self.rows_per_update = rows_per_update
-        self.max_norm = max_norm
+        options = {"groups": groups, "null": null, "memory_budget": memory_budget}
+        self.scoring: dict[str, Any] = {"portion": rows_per_update, "max_norm": max_norm, **check_scoring(options)}
+        self.mode = mode
         self.name = name

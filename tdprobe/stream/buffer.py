@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from tdprobe.errors import ConfigError
 from tdprobe.stream.batch import Batch
 
@@ -43,22 +41,16 @@ class RowBuffer:
         while self.n >= self.portion + self.reserve:
             whole = self.rest()
             cut = self.portion
-            yield _slice(whole, 0, cut)
+            yield whole.select(slice(cut))
             # Dropped only when the consumer comes back: an interrupted update must not lose rows.
-            self._parts = [_slice(whole, cut, whole.n)]
+            self._parts = [whole.select(slice(cut, None))]
             self.n = whole.n - cut
 
     def rest(self) -> Batch:
         """Return what has not been handed on, and keep it."""
         if len(self._parts) > 1:
-            first = self._parts[0]
-            rows = {name: torch.cat([part.rows[name] for part in self._parts]) for name in first.rows}
-            self._parts = [Batch(rows, torch.cat([part.ids for part in self._parts]))]
+            self._parts = [Batch.joined(self._parts)]
         return self._parts[0]
-
-
-def _slice(batch: Batch, start: int, stop: int) -> Batch:
-    return Batch({name: rows[start:stop] for name, rows in batch.rows.items()}, batch.ids[start:stop])
 
 
 def require_same_layers(known: Batch, new: Batch) -> None:

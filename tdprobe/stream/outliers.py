@@ -57,9 +57,7 @@ def without_outliers(batch: Batch, max_norm: float | None) -> Batch:
     outlying = ((table > max_norm * median) & (median > 0) & table.isfinite()).any(0)
     if not bool(outlying.any()):
         return batch
-    keep = (~outlying).nonzero()[:, 0]
-    rows = {name: values.index_select(0, keep) for name, values in batch.rows.items()}
-    return Batch(rows, batch.ids[keep.to(batch.ids.device)])
+    return batch.select((~outlying).nonzero()[:, 0])
 
 
 def _lengths(rows: Tensor) -> Tensor:

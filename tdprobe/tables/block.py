@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tdprobe.errors import ConfigError
 
+# What is known of each score.
+ARRAYS = ("values", "se", "null", "null_sd", "p")
+
 
 class ScoreRow(NamedTuple):
-    """One score; ``layer_b`` is ``""`` where the estimator scores single layers."""
+    """One score; ``layer_b`` is ``""`` where the estimator scores single layers, and what is not known is NaN.
+
+    ``se`` is the standard error, ``null`` the mean score of unrelated rows, ``p`` how often those score as high.
+    """
 
     checkpoint_a: str
     checkpoint_b: str
@@ -22,6 +29,10 @@ class ScoreRow(NamedTuple):
     estimator: str
     score: float
     n: int
+    se: float = math.nan
+    null: float = math.nan
+    p: float = math.nan
+    route: str = ""
 
 
 class ScoreCube(NamedTuple):
@@ -49,6 +60,12 @@ class ScoreBlock:
         values: Float64, (La, Lb), or (La,) without ``layers_b``. NaN marks a score that does not exist.
         n: Samples behind each score.
         symmetric: Swapping the two sides leaves the score as it is.
+        se: Standard error of each score, of the shape of ``values``; None where it is not known.
+        null: Mean score of unrelated (permuted) rows; None where it was not asked for.
+        null_sd: Its standard deviation.
+        p: Share of permutations that score at least as similar.
+        route: How the scores came about, such as ``"bank of 4096 rows"``.
+        method: Registry name of the estimator, where ``estimator`` is a label of the user's own.
 
     Raises:
         ConfigError: The values do not fit the layers, or a layer is named twice.
@@ -62,6 +79,12 @@ class ScoreBlock:
     values: np.ndarray
     n: int
     symmetric: bool = True
+    se: np.ndarray | None = None
+    null: np.ndarray | None = None
+    null_sd: np.ndarray | None = None
+    p: np.ndarray | None = None
+    route: str = ""
+    method: str = ""
 
     def __post_init__(self) -> None:
         for side in ("layers_a", "layers_b"):
@@ -72,17 +95,27 @@ class ScoreBlock:
             if len(set(names)) < len(names):
                 twice = sorted({name for name in names if list(names).count(name) > 1})
                 raise ConfigError(f"{side} of {self.title} names a layer twice: {', '.join(twice)}; names must differ.")
-        values = np.array(self.values, dtype=np.float64)
         sides = (self.layers_a,) if self.layers_b is None else (self.layers_a, self.layers_b)
-        if values.shape != (shape := tuple(map(len, sides))):
-            raise ConfigError(f"scores of {self.title} have shape {values.shape}, but its layers ask for {shape}.")
-        values.flags.writeable = False
-        object.__setattr__(self, "values", values)
+        shape = tuple(map(len, sides))
+        for name in ARRAYS:
+            if getattr(self, name) is None and name != "values":
+                continue
+            values = np.array(getattr(self, name), dtype=np.float64)
+            if values.shape != shape:
+                what = "scores" if name == "values" else name
+                raise ConfigError(f"{what} of {self.title} have shape {values.shape}, but its layers ask for {shape}.")
+            values.flags.writeable = False
+            object.__setattr__(self, name, values)
 
     @property
     def key(self) -> tuple[str, str, str]:
         """The names that tell this block from the others of a table."""
         return self.estimator, self.checkpoint_a, self.checkpoint_b
+
+    @property
+    def registry_name(self) -> str:
+        """Name of the method in the registry, whatever label the user gave it."""
+        return self.method or self.estimator
 
     @property
     def pair(self) -> str:
@@ -98,19 +131,38 @@ class ScoreBlock:
         """Return the same scores with the two sides exchanged."""
         if self.layers_b is None:
             return self
-        sides = (self.checkpoint_b, self.checkpoint_a, self.layers_b, self.layers_a)
-        return ScoreBlock(self.estimator, *sides, self.values.T, self.n, self.symmetric)
+        arrays = {name: None if (held := getattr(self, name)) is None else held.T for name in ARRAYS}
+        swapped: dict[str, Any] = {"checkpoint_a": self.checkpoint_b, "checkpoint_b": self.checkpoint_a}
+        swapped |= {"layers_a": self.layers_b, "layers_b": self.layers_a}
+        return replace(self, **swapped, **arrays)
+
+    def only(self, kept: np.ndarray) -> ScoreBlock:
+        """Return the block with NaN for the scores that are not kept."""
+        return replace(self, values=np.where(kept, self.values, np.nan))
 
     def rows(self) -> Iterator[ScoreRow]:
         """Yield the scores row by row."""
         pairs = product(self.layers_a, ("",) if self.layers_b is None else self.layers_b)
-        for (layer_a, layer_b), score in zip(pairs, self.values.ravel().tolist(), strict=True):
-            yield ScoreRow(self.checkpoint_a, self.checkpoint_b, layer_a, layer_b, self.estimator, score, self.n)
+        columns = [self._column(name) for name in ("values", "se", "null", "p")]
+        for (layer_a, layer_b), score, *more in zip(pairs, *columns, strict=True):
+            names = (self.checkpoint_a, self.checkpoint_b, layer_a, layer_b, self.estimator)
+            yield ScoreRow(*names, score, self.n, *more, self.route)
+
+    def _column(self, name: str) -> list[float]:
+        held = getattr(self, name)
+        return [math.nan] * self.values.size if held is None else held.ravel().tolist()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScoreBlock):
             return NotImplemented
-        mine, theirs = ((*b.key, b.layers_a, b.layers_b, b.n, b.symmetric) for b in (self, other))
-        return mine == theirs and np.array_equal(self.values, other.values, equal_nan=True)
+        fields = ("key", "layers_a", "layers_b", "n", "symmetric", "route", "method")
+        if any(getattr(self, name) != getattr(other, name) for name in fields):
+            return False
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ARRAYS)
+        return all(_alike(mine, theirs) for mine, theirs in pairs)
 
     __hash__ = None
+
+
+def _alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b, equal_nan=True)

@@ -12,13 +12,16 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from tdprobe.errors import ConfigError
+from tdprobe.tables.block import ARRAYS
 
 if TYPE_CHECKING:
     from tdprobe.tables.block import ScoreBlock
     from tdprobe.tables.table import ScoreTable
 
 FORMAT = "tdprobe.scores"
-VERSION = 1
+VERSION = 2
+# Version 1 had the scores alone.
+READS = (1, 2)
 
 
 @contextmanager
@@ -78,9 +81,9 @@ def load(path_or_text: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
         raise ConfigError(f"{source} is not JSON ({error}); give a file that ScoreTable.to_json wrote.") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ConfigError(f'{source} is JSON but not a score table: it lacks "format": "{FORMAT}".')
-    if found.get("version") != VERSION:
+    if found.get("version") not in READS:
         raise ConfigError(
-            f"{source} has format version {found.get('version')!r}; this tdprobe reads version {VERSION}: "
+            f"{source} has format version {found.get('version')!r}; this tdprobe reads versions up to {VERSION}: "
             "read it with the tdprobe that wrote it, or write it anew."
         )
     try:
@@ -98,35 +101,48 @@ def _text(table: ScoreTable) -> str:
 
 
 def _encode(block: ScoreBlock) -> dict[str, Any]:
-    flat = block.values.ravel()
-    finite = np.isfinite(flat)
-    values = np.where(finite, flat, 0.0).tolist()
-    for spot in np.flatnonzero(~finite).tolist():
-        values[spot] = None
-    fields = {
-        "estimator": block.estimator,
-        "checkpoint_a": block.checkpoint_a,
-        "checkpoint_b": block.checkpoint_b,
+    fields = {name: getattr(block, name) for name in ("estimator", "checkpoint_a", "checkpoint_b", "route", "method")}
+    fields |= {
         "layers_a": list(block.layers_a),
         "layers_b": None if block.layers_b is None else list(block.layers_b),
         "n": int(block.n),
         "symmetric": bool(block.symmetric),
-        "values": values,
     }
+    for name in ARRAYS:
+        if (held := getattr(block, name)) is not None:
+            fields |= _encode_numbers(name, held.ravel())
+    return fields
+
+
+def _encode_numbers(name: str, flat: np.ndarray) -> dict[str, Any]:
+    finite = np.isfinite(flat)
+    values = np.where(finite, flat, 0.0).tolist()
+    for spot in np.flatnonzero(~finite).tolist():
+        values[spot] = None
     # JSON has no infinity; null alone would turn it into NaN on the way back.
     signs = {"inf": np.flatnonzero(flat == np.inf), "-inf": np.flatnonzero(flat == -np.inf)}
     infinite = {sign: spots.tolist() for sign, spots in signs.items() if spots.size}
-    return fields | ({"infinite": infinite} if infinite else {})
+    return {name: values} | ({_infinite(name): infinite} if infinite else {})
+
+
+def _infinite(name: str) -> str:
+    return "infinite" if name == "values" else f"{name}_infinite"
 
 
 def _decode(found: dict[str, Any]) -> dict[str, Any]:
     names = ("estimator", "checkpoint_a", "checkpoint_b", "layers_a", "layers_b", "n", "symmetric")
-    fields = {name: found[name] for name in names}
-    values = np.array([np.nan if v is None else v for v in found["values"]], dtype=np.float64)
-    for sign, spots in found.get("infinite", {}).items():
-        values[spots] = float(sign)
+    fields = {name: found[name] for name in names} | {name: found.get(name, "") for name in ("route", "method")}
     sides = [found["layers_a"]] + ([] if found["layers_b"] is None else [found["layers_b"]])
-    return fields | {"values": values.reshape([len(side) for side in sides])}
+    shape = [len(side) for side in sides]
+    held = ["values", *(name for name in ARRAYS[1:] if name in found)]
+    return fields | {name: _decode_numbers(found, name).reshape(shape) for name in held}
+
+
+def _decode_numbers(found: dict[str, Any], name: str) -> np.ndarray:
+    values = np.array([np.nan if v is None else v for v in found[name]], dtype=np.float64)
+    for sign, spots in found.get(_infinite(name), {}).items():
+        values[spots] = float(sign)
+    return values
 
 
 def _read(path_or_text: str | Path) -> tuple[str, str]:

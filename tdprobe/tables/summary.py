@@ -47,10 +47,7 @@ def spec_of(estimator: str) -> Any | None:
 
 def larger_is_similar(spec: Any | None) -> bool | None:
     """Say whether larger scores mean more similar layers; None if the scores say nothing of similarity."""
-    words = spec.larger_means.lower() if spec is not None else ""
-    if any(word in words for word in ("dissimilar", "different", "distan", "less similar", "farther")):
-        return False
-    return True if "similar" in words else None
+    return spec.larger_is_similar if spec is not None else None
 
 
 def extremes(block: ScoreBlock) -> Extremes | None:
@@ -70,7 +67,7 @@ def describe(block: ScoreBlock) -> tuple[str, str]:
     ends = extremes(block)
     if ends is None:
         return "no score beyond a layer with itself", ""
-    similar = larger_is_similar(spec_of(block.estimator)) if block.layers_b is not None else None
+    similar = larger_is_similar(spec_of(block.registry_name)) if block.layers_b is not None else None
     top, bottom = {True: ("most similar", "least similar"), False: ("least similar", "most similar")}.get(
         similar, ("highest", "lowest")
     )

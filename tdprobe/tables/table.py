@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,30 @@ class ScoreTable:
             ConfigError: A name is unknown, or the names fit no block or more than one.
         """
         return self.block(estimator, checkpoint_a, checkpoint_b).values.copy()
+
+    def significant(self, alpha: float = 0.05) -> ScoreTable:
+        """Return the table with NaN for the scores that unrelated rows reach too.
+
+        Args:
+            alpha: Share of permutations that may score at least as similar; scores are kept up to this p, each by
+                itself, without a correction for their number.
+
+        Raises:
+            ConfigError: The scores have no null, or too few permutations for this ``alpha``.
+        """
+        if not 0 < alpha < 1:
+            raise ConfigError(f"alpha is a share between 0 and 1, such as 0.05; got {alpha!r}")
+        tested = [(block, block.p) for block in self.blocks if block.p is not None]
+        if not tested:
+            raise ConfigError("these scores have no null to compare with; score pairs of layers with null=99, or more")
+        least = 1 / (1 + self.meta.get("permutations", 10**9))
+        if least > alpha:
+            needed = math.ceil(1 / alpha) - 1
+            raise ConfigError(
+                f"{self.meta['permutations']} permutations give no p below {least:.3g}; for alpha={alpha:g} score with "
+                f"null={needed}, or more"
+            )
+        return ScoreTable([block.only(p <= alpha) for block, p in tested], {**self.meta, "alpha": alpha})
 
     def cube(self, estimator: str | None = None) -> ScoreCube:
         """Return all scores of one estimator on common checkpoint and layer axes.

@@ -68,7 +68,7 @@ def _heatmap_of(block: ScoreBlock, ax: Axes | None) -> Figure:
         checkpoint_a=block.checkpoint_a,
         checkpoint_b=block.checkpoint_b,
         n=block.n,
-        spec=spec_of(block.estimator),
+        spec=spec_of(block.registry_name),
         ax=ax,
     )
 

@@ -132,7 +132,10 @@ def _tips(alt: Any) -> list[Any]:
 def _controls(alt: Any, blocks: Sequence[ScoreBlock]) -> list[Any]:
     estimators = list(dict.fromkeys(block.estimator for block in blocks))
     pairs = list(dict.fromkeys(block.pair for block in blocks))
-    ranges = {name: _ranges([b.values for b in blocks if b.estimator == name], spec_of(name)) for name in estimators}
+    methods = {block.estimator: block.registry_name for block in blocks}
+    ranges = {
+        name: _ranges([b.values for b in blocks if b.estimator == name], spec_of(methods[name])) for name in estimators
+    }
     counts = {block.title: block.n for block in blocks}
     return [
         choice(alt, "estimator", estimators, "Estimator"),

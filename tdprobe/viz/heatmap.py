@@ -78,7 +78,7 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
     lines = -(-len(blocks) // columns)
     figure = new_figure((1.2 + 4.2 * columns, 4.4 * lines))
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    spec = spec_of(blocks[0].estimator)
+    spec = spec_of(blocks[0].registry_name)
     limits = colour_range(np.concatenate([block.values.ravel() for block in blocks]), spec)
     for block, ax in zip(blocks, panels, strict=False):
         owners = (block.checkpoint_a, block.checkpoint_b)

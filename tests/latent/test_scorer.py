@@ -12,8 +12,10 @@ from tensordict import TensorDict
 
 from tdprobe.errors import ConfigError, StateError
 from tdprobe.estimator import LayerEstimator, PairEstimator
+from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.representation_similarity import CkaEstimator, cka_matrix
-from tdprobe.latent.scorer import Scorer, resolve_estimators, score_blocks, tokens_text
+from tdprobe.latent.score_blocks import Scored, score_blocks
+from tdprobe.latent.scorer import Scorer, tokens_text
 from tdprobe.registry import Spec
 from tdprobe.stats.gram import Gram
 from tdprobe.stats.moments import Moments
@@ -112,8 +114,10 @@ def test_layer_and_pair_estimators_share_one_pass() -> None:
     variance = torch.stack([x.double().var(0, correction=0).sum() for x in whole.rows.values()])
     torch.testing.assert_close(scores["total-variance"], variance, rtol=1e-5, atol=0)
     torch.testing.assert_close(scores["variance-ratio"], variance[:, None] / variance[None, :], rtol=1e-5, atol=0)
-    assert set(scoring.states()) == {Moments(), Gram()}
-    assert int(scoring.states()[Moments()].n) == 47 and int(scoring.states()[Gram()].batches) == 4
+    states = scoring.states()
+    assert set(states) == {"total-variance", "variance-ratio", "cka"}
+    assert states["total-variance"] is states["variance-ratio"]
+    assert int(states["total-variance"].n) == 47 and int(states["cka"].batches) == 4
 
 
 def test_outliers_leave_and_are_counted() -> None:
@@ -126,7 +130,7 @@ def test_outliers_leave_and_are_counted() -> None:
         scoring.push(Batch(part, rows.ids[start : start + 10]))
     keep = [place for place in range(100) if place not in (3, 60, 99)]
     assert scoring.n == 100 and scoring.n_dropped == 3
-    assert int(scoring.states()[Gram()].n) == 97
+    assert int(scoring.states()["cka"].n) == 97
     assert scoring.facts() | {"estimators": None} == {
         "estimators": None,
         "rows": 100,
@@ -224,7 +228,7 @@ def test_rows_may_come_out_of_inference_mode_and_autocast() -> None:
         scoring.push(batch(40))
         inside = scoring.scores()["cka"]
     np.testing.assert_array_equal(inside, scoring.scores()["cka"])
-    assert not any(value.is_inference() for value in scoring.states()[Gram()].values())
+    assert not any(value.is_inference() for value in scoring.states()["cka"].values())
 
 
 NAMES = [("one", "x"), ("one", "y"), ("two", "x")]
@@ -232,7 +236,7 @@ VALUES = torch.arange(9.0).reshape(3, 3)
 
 
 def blocks(values: torch.Tensor, estimator: Any) -> dict[tuple[str, str], Any]:
-    found = score_blocks({"label": values}, {"label": estimator}, NAMES, 12)
+    found = score_blocks({"label": Scored(values, 12)}, {"label": estimator}, NAMES)
     assert all(block.n == 12 and block.estimator == "label" for block in found)
     return {block.key[1:]: block for block in found}
 

@@ -19,7 +19,9 @@ from tdprobe.latent import (
     LocalKnnDimensionEstimator,
     TwoNnDimensionEstimator,
 )
-from tdprobe.latent.scorer import Scorer, resolve_estimators, score_blocks
+from tdprobe.latent.estimator_list import resolve_estimators
+from tdprobe.latent.score_blocks import score_blocks
+from tdprobe.latent.scorer import Scorer
 from tdprobe.stats import Neighbors
 from tdprobe.stream.batch import Batch
 
@@ -89,7 +91,7 @@ class TestOnePass:
     def test_a_state_is_a_value(self):
         estimators = resolve_estimators(NEIGHBOURS)
         scorer = push(Scorer(estimators, max_norm=None), layers())
-        states = scorer.states()
+        states = {estimators[label].statistic(): state for label, state in scorer.states().items()}
         (state,) = states.values()
         before = state.clone()
         first, second = (score_all(estimators, states) for _ in range(2))
@@ -106,10 +108,10 @@ class TestOnePass:
     def test_the_bank_bounds_what_is_kept_and_is_what_n_says(self):
         estimators = resolve_estimators([InformationImbalanceEstimator(bank_size=60), "cka"])
         scorer = push(Scorer(estimators, portion=50, max_norm=None), layers())
-        scores = scorer.scores()
-        assert scorer.rows_behind() == {"information_imbalance": 60, "cka": 200}
-        blocks = score_blocks(scores, estimators, [("m", name) for name in scorer.layers], scorer.rows_behind())
-        assert {block.estimator: block.n for block in blocks} == scorer.rows_behind()
+        scored = scorer.scored()
+        assert {label: found.n for label, found in scored.items()} == {"information_imbalance": 60, "cka": 200}
+        blocks = score_blocks(scored, estimators, [("m", name) for name in scorer.layers])
+        assert {block.estimator: block.n for block in blocks} == {"information_imbalance": 60, "cka": 200}
 
 
 class TestTables:
@@ -118,7 +120,7 @@ class TestTables:
         scorer = push(Scorer(estimators, max_norm=None), layers())
         labels = [("one", "x"), ("one", "y"), ("two", "x"), ("two", "z")]
         scores = scorer.scores()
-        blocks = {block.key: block for block in score_blocks(scores, estimators, labels, 200)}
+        blocks = {block.key: block for block in score_blocks(scorer.scored(), estimators, labels)}
         pairs = [(a, b) for a in ("one", "two") for b in ("one", "two")]
         assert {key[1:] for key in blocks if key[0] == "information_imbalance"} == set(pairs)
         assert {key[1:] for key in blocks if key[0] == "cka"} == {

@@ -30,7 +30,7 @@ def test_file_is_strict_json_that_comes_back_to_the_last_bit(tmp_path):
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
     assert found == json.loads(text)
     assert found["blocks"][0]["values"] == [0.1 + 0.2, None, None, None]
-    assert (found["format"], found["version"]) == ("tdprobe.scores", 1)
+    assert (found["format"], found["version"]) == ("tdprobe.scores", 2)
     for source in (path, str(path), text):
         assert ScoreTable.from_json(source) == sample()
 
@@ -41,7 +41,7 @@ def test_file_is_strict_json_that_comes_back_to_the_last_bit(tmp_path):
         ("not json", "is not JSON"),
         ("[1, 2]", "JSON but not a score table"),
         ('{"format": "other"}', "JSON but not a score table"),
-        ('{"format": "tdprobe.scores", "version": 99}', "format version 99; this tdprobe reads version 1"),
+        ('{"format": "tdprobe.scores", "version": 99}', "format version 99; this tdprobe reads versions up to 2"),
         ('{"format": "tdprobe.scores", "version": 1, "meta": {}}', "damaged score table .*blocks"),
         ('{"format": "tdprobe.scores", "version": 1, "meta": {}, "blocks": [{}]}', "damaged .*estimator"),
     ],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import numpy as np
 
+from tdprobe import registry
 from tdprobe.tables import ScoreBlock, ScoreTable
 
 
@@ -25,7 +27,7 @@ def test_repr_names_the_ends_and_leaves_out_a_layer_with_itself():
 
 
 def test_repr_turns_round_for_a_distance_and_stays_neutral_for_an_unknown_estimator(monkeypatch):
-    row = SimpleNamespace(spec=SimpleNamespace(larger_means="more different"))
+    row = SimpleNamespace(spec=dataclasses.replace(registry.get("cka").spec, larger_means="more different"))
     table = ScoreTable([block("somewhere_else")])
     assert "highest: model.layers.0 / model.layers.0 (0.9)" in repr(table)
     monkeypatch.setattr("tdprobe.tables.summary.registry.get", lambda name: row)

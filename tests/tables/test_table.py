@@ -43,8 +43,8 @@ def test_rows_carry_every_score_with_its_names():
     rows = table.rows()
     assert len(table) == len(rows) == 8
     assert [row.score for row in rows] == [0.9, 0.2, 0.1, 0.7, 0.4, 0.3, 5.0, 6.0]
-    assert rows[3] == ("base", "tuned", "model.layers.1", "model.layers.1", "cka", 0.7, 64)
-    assert rows[7] == ("base", "base", "model.layers.1", "", "twonn", 6.0, 64)
+    assert rows[3][:7] == ("base", "tuned", "model.layers.1", "model.layers.1", "cka", 0.7, 64)
+    assert rows[7][:7] == ("base", "base", "model.layers.1", "", "twonn", 6.0, 64)
     assert table.estimators == ("cka", "twonn")
     assert table.checkpoints == ("base", "tuned")
     assert table.layers("base") == ("model.layers.0", "model.layers.1", "model.layers.2")
@@ -138,7 +138,8 @@ def test_pandas_frame_has_the_rows():
     table = ScoreTable([block(), block("twonn", "base", "base", (5.0, 6.0))])
     frame = table.to_pandas()
     assert isinstance(frame, pandas.DataFrame)
-    assert [tuple(row) for row in frame.itertuples(index=False)] == table.rows()
+    rows = [tuple(row) for row in frame.fillna(-1.0).itertuples(index=False)]
+    assert rows == [tuple(-1.0 if value != value else value for value in row) for row in table]
 
 
 def test_xarray_selects_by_name_and_keeps_depth_order():

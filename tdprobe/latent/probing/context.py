@@ -13,8 +13,9 @@ from tdprobe.contexts import HookingContextFactory, Site
 from tdprobe.errors import ConfigError
 from tdprobe.hooks import Hook, HookDirection, MultiHookHandle, get_direction, match_modules
 from tdprobe.hooks.match import compile_pattern
-from tdprobe.latent.probing.items import check_keys
-from tdprobe.latent.probing.running import ProbedModule, ProbingContext, step_hook
+from tdprobe.latent.call_items import ItemModule
+from tdprobe.latent.items import check_keys
+from tdprobe.latent.probing.running import ProbingContext, step_hook
 from tdprobe.modules import HookedModule
 from tdprobe.stream.tokens import TokenClause
 
@@ -78,7 +79,7 @@ class Probing(HookingContextFactory):
     """
 
     _hooking_context_class = ProbingContext
-    _hooked_module_class = ProbedModule
+    _hooked_module_class = ItemModule
     default_classes_to_hook: ClassVar[tuple[type[nn.Module], ...]] = (nn.Module,)
     default_classes_to_skip: ClassVar[tuple[type[nn.Module], ...]] = (
         nn.ModuleList,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import ConfigError, MissingKeyError, closest
+from tdprobe.estimator.scores import not_finite, warn_not_finite
 from tdprobe.registry import Spec
 from tdprobe.stats.state import Derivation, State, Statistic
 from tdprobe.stream.batch import Batch
@@ -51,8 +51,9 @@ class Estimator(TensorDictModuleBase, ABC):
 
         Returns:
             ``"score"``: ``(*lead, l, l)`` of a pair estimator, ``(*lead, l)`` of a layer estimator, float64.
-            ``"finite"``, ``(*lead, l)`` bool, may tell which layers hold finite numbers only, ``"duplicates"``,
-            ``(*lead, l)`` int64, how many rows of each repeat an earlier one.
+            ``"se"``, the standard error of each, may come with it; ``"finite"``, ``(*lead, l)`` bool, may tell
+            which layers hold finite numbers only, ``"duplicates"``, ``(*lead, l)`` int64, how many rows of each
+            repeat an earlier one.
         """
 
     def derivation(self, state: Any) -> Derivation | None:
@@ -70,15 +71,24 @@ class Estimator(TensorDictModuleBase, ABC):
         """Return the statistic for rows that are all at hand; override where another one is cheaper."""
         return self.statistic()
 
+    @property
+    def target_keys(self) -> tuple[Any, ...]:
+        """Keys of what it reads besides the layers."""
+        return ()
+
+    def inputs(self, batch: Batch) -> list[Tensor]:
+        """Return what the statistic reads of a batch: the rows of every layer."""
+        return list(batch.rows.values())
+
     @final
     def init(self, batch: Batch) -> State:
         """Return the empty state for the layers of a batch."""
-        return self.statistic().init(list(batch.rows.values()), batch.ids)
+        return self.statistic().init(self.inputs(batch), batch.ids)
 
     @final
     def update(self, state: State, batch: Batch) -> State:
         """Return the state with a batch added; the given state keeps its value."""
-        return self.statistic().update(state, list(batch.rows.values()), batch.ids)
+        return self.statistic().update(state, self.inputs(batch), batch.ids)
 
     @final
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -103,7 +113,7 @@ class Estimator(TensorDictModuleBase, ABC):
                 f"{self.in_keys}: TensorDict({{{self.in_keys[0]!r}: x, ...}})"
             )
         batch = self._read(tensordict)
-        rows, statistic = list(batch.rows.values()), self._one_shot(batch)
+        rows, statistic = self.inputs(batch), self._one_shot(batch)
         scores = self.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))
         warn_not_finite(not_finite(scores, list(batch.rows)))
         for key, value in zip(self.out_keys_source, self._outputs(scores), strict=True):
@@ -113,12 +123,7 @@ class Estimator(TensorDictModuleBase, ABC):
     def _read(self, tensordict: TensorDictBase) -> Batch:
         rows: dict[str, Tensor] = {}
         for key in self.in_keys:
-            x = tensordict.get(key, None)
-            if x is None:
-                raise MissingKeyError(_missing(key, tensordict))
-            if not isinstance(x, Tensor) or x.ndim < 2:
-                got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                raise ConfigError(f"{key!r} has {got}; it must be a tensor (N, D) or (..., N, D)")
+            x = self._tensor(tensordict, key)
             # One key may be compared with itself, and a batch needs a name for each of its layers.
             label = str(key) if str(key) not in rows else f"{key} (again)"
             rows[label] = x if x.is_floating_point() or x.is_complex() else x.float()
@@ -134,6 +139,15 @@ class Estimator(TensorDictModuleBase, ABC):
                 f"of {first!r} are {tuple(lead)} (without samples); use batch_size={list(lead)} or less"
             )
         return Batch(rows, torch.arange(n, device=device))
+
+    def _tensor(self, tensordict: TensorDictBase, key: Any) -> Tensor:
+        x = tensordict.get(key, None)
+        if x is None:
+            raise MissingKeyError(_missing(key, tensordict))
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ConfigError(f"{key!r} has {got}; it must be a tensor (N, D) or (..., N, D)")
+        return x
 
     def __repr__(self) -> str:
         """Show the constructor arguments, as they were given."""
@@ -153,59 +167,6 @@ class LayerEstimator(Estimator):
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["score"][..., 0]]
-
-
-def score_all(estimators: Mapping[str, Estimator], states: Mapping[Statistic, State]) -> dict[str, TensorDict]:
-    """Score states with several estimators, and work out once what they have in common.
-
-    Args:
-        estimators: By label.
-        states: By the statistics of the estimators.
-
-    Returns:
-        What `Estimator.score` returns, by label.
-    """
-    derivations: dict[Statistic, list[Derivation]] = {}
-    chosen: dict[str, tuple[Statistic, int] | None] = {}
-    for label, estimator in estimators.items():
-        statistic = estimator.statistic()
-        wanted = estimator.derivation(states[statistic])
-        chosen[label] = None if wanted is None else (statistic, _join(derivations.setdefault(statistic, []), wanted))
-    derived = {
-        (statistic, place): derivation(states[statistic])
-        for statistic, found in derivations.items()
-        for place, derivation in enumerate(found)
-    }
-    return {
-        label: estimators[label].score(states[estimators[label].statistic()] if key is None else derived[key])
-        for label, key in chosen.items()
-    }
-
-
-def _join(derivations: list[Derivation], wanted: Derivation) -> int:
-    """Let a derivation in with the first that it can be joined with; return the place of that one."""
-    for place, held in enumerate(derivations):
-        if (joined := held.joined(wanted)) is not None:
-            derivations[place] = joined
-            return place
-    derivations.append(wanted)
-    return len(derivations) - 1
-
-
-def not_finite(scores: TensorDict, layers: Sequence[str]) -> list[str]:
-    """Return the layers that scores call not finite."""
-    finite = scores.get("finite", None)
-    if finite is None:
-        return []
-    kept = finite.flatten(0, -2).all(0) if finite.ndim > 1 else finite
-    return [name for name, fine in zip(layers, kept.tolist(), strict=True) if not fine]
-
-
-def warn_not_finite(layers: Sequence[str]) -> None:
-    """Name the layers whose scores are NaN because their values are not finite."""
-    if layers:
-        names = ", ".join(map(repr, layers))
-        warnings.warn(f"{names} held NaN or infinite values; scores that involve them are NaN", stacklevel=3)
 
 
 def _missing(key: Any, tensordict: TensorDictBase) -> str:

@@ -1,0 +1,74 @@
+"""What comes of scoring: several estimators over shared states, and layers that have no score."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDict
+
+from tdprobe.stats.state import Derivation
+
+if TYPE_CHECKING:
+    from tdprobe.estimator.base import Estimator
+
+
+def score_all(
+    estimators: Mapping[str, Estimator],
+    states: Mapping[Any, Any],
+    sources: Mapping[str, Hashable] | None = None,
+) -> dict[str, TensorDict]:
+    """Score states with several estimators, and work out once what they have in common.
+
+    Args:
+        estimators: By label.
+        states: By the statistics of the estimators, or by whatever ``sources`` says.
+        sources: Which state each estimator reads, by label.
+
+    Returns:
+        What `Estimator.score` returns, by label.
+    """
+    if sources is None:
+        sources = {label: estimator.statistic() for label, estimator in estimators.items()}
+    derivations: dict[Hashable, list[Derivation]] = {}
+    chosen: dict[str, tuple[Hashable, int] | None] = {}
+    for label, estimator in estimators.items():
+        source = sources[label]
+        wanted = estimator.derivation(states[source])
+        chosen[label] = None if wanted is None else (source, _join(derivations.setdefault(source, []), wanted))
+    derived = {
+        (source, place): derivation(states[source])
+        for source, found in derivations.items()
+        for place, derivation in enumerate(found)
+    }
+    return {
+        label: estimators[label].score(states[sources[label]] if key is None else derived[key])
+        for label, key in chosen.items()
+    }
+
+
+def _join(derivations: list[Derivation], wanted: Derivation) -> int:
+    """Let a derivation in with the first that it can be joined with; return the place of that one."""
+    for place, held in enumerate(derivations):
+        if (joined := held.joined(wanted)) is not None:
+            derivations[place] = joined
+            return place
+    derivations.append(wanted)
+    return len(derivations) - 1
+
+
+def not_finite(scores: TensorDict, layers: Sequence[str]) -> list[str]:
+    """Return the layers that scores call not finite."""
+    finite = scores.get("finite", None)
+    if finite is None:
+        return []
+    kept = finite.flatten(0, -2).all(0) if finite.ndim > 1 else finite
+    return [name for name, fine in zip(layers, kept.tolist(), strict=True) if not fine]
+
+
+def warn_not_finite(layers: Sequence[str]) -> None:
+    """Name the layers whose scores are NaN because their values are not finite."""
+    if layers:
+        names = ", ".join(map(repr, layers))
+        warnings.warn(f"{names} held NaN or infinite values; scores that involve them are NaN", stacklevel=3)

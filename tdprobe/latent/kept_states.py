@@ -1,0 +1,124 @@
+"""The states behind a set of estimators: one for each source, in groups of rows where that costs no more."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from tdprobe.errors import ConfigError
+from tdprobe.estimator import Estimator
+from tdprobe.stats.hashing import mix64
+from tdprobe.stats.state import State, Statistic
+from tdprobe.stream.batch import Batch
+
+# Bytes that groups of rows may take beyond a single state.
+GROUP_BUDGET = 2**30
+
+
+@dataclass(frozen=True)
+class Source:
+    """Say what an estimator reads; estimators with equal sources share one state.
+
+    Args:
+        statistic: What to keep.
+        target_keys: Targets that it reads besides the layers.
+    """
+
+    statistic: Statistic
+    target_keys: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupedState:
+    """Hold one state for each of several disjoint groups of rows; a value, like a state.
+
+    Args:
+        parts: The states; ``None`` where no row has come yet.
+    """
+
+    parts: tuple[State | None, ...]
+
+    def updated(self, group: int, update: Callable[[State | None], State]) -> GroupedState:
+        """Return the groups with one of them brought up to date."""
+        place = group % len(self.parts)
+        return GroupedState(tuple(update(part) if i == place else part for i, part in enumerate(self.parts)))
+
+    @property
+    def filled(self) -> list[State]:
+        """The states of groups that have rows."""
+        return [part for part in self.parts if part is not None]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each group that has any."""
+        return [int(cast("Any", part).n) for part in self.filled]
+
+    def total(self) -> State:
+        """Merge all groups."""
+        return reduce(lambda a, b: a.merge(b), self.filled)
+
+    def without(self) -> list[State]:
+        """Merge all groups but one, for each of them: two merges each, not as many as there are groups."""
+        filled = self.filled
+        heads = list(accumulate(filled[:-1], lambda a, b: a.merge(b)))
+        tails = list(accumulate(filled[:0:-1], lambda a, b: b.merge(a)))[::-1]
+        inner = [head.merge(tail) for head, tail in zip(heads[:-1], tails[1:], strict=True)]
+        return [tails[0], *inner, heads[-1]] if len(filled) > 1 else []
+
+
+def source_of(estimator: Estimator, batch: Batch, budget: float) -> Source:
+    """Choose the route of an estimator: what it asks for, or something cheaper where that takes too much memory.
+
+    Raises:
+        ConfigError: Its state is larger than ``budget`` bytes, and there is no cheaper route.
+    """
+    asked = statistic = estimator.statistic()
+    widths = [x.shape[-1] for x in estimator.inputs(batch)]
+    while (size := statistic.nbytes(widths)) > budget:
+        cheaper = statistic.cheaper()
+        if cheaper is None:
+            raise ConfigError(
+                f"{estimator.spec.name} by {statistic.route} would keep {size / 2**30:.3g} GiB for {len(widths)} "
+                f"layers of up to {max(widths)} columns, and memory_budget is {budget / 2**30:.3g} GiB; score fewer "
+                "layers, use a route with a smaller state (a bank of rows, or minibatches), or raise memory_budget"
+            )
+        statistic = cheaper
+    if statistic is not asked:
+        warnings.warn(
+            f"{estimator.spec.name} by {asked.route} would keep {asked.nbytes(widths) / 2**30:.3g} GiB, and "
+            f"memory_budget is {budget / 2**30:.3g} GiB; it takes the route {statistic.route!r} instead",
+            stacklevel=2,
+        )
+    return Source(statistic, estimator.target_keys)
+
+
+def empty_groups(source: Source, widths: Sequence[int], groups: int) -> GroupedState:
+    """Return no rows, in as many groups as memory allows."""
+    size = max(1, source.statistic.nbytes(widths))
+    allowed = min(groups, GROUP_BUDGET // size)
+    return GroupedState((None,) * (allowed if source.statistic.additive and allowed > 2 else 1))
+
+
+def with_rows(states: Mapping[Source, GroupedState], batch: Batch) -> dict[Source, GroupedState]:
+    """Return the states with the rows of a batch, which all go to one group."""
+    device = batch.ids.device
+    # By its rows, not by their place in the stream: any order and sharding makes the same groups.
+    group = int(mix64(batch.ids[:1]) & (2**31 - 1)) if batch.n else 0
+    found = dict(states)
+    # The forward pass may run under autocast or inference mode; statistics must not.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        for source, held in states.items():
+            rows = [*batch.rows.values(), *(batch.targets[key] for key in source.target_keys)]
+            found[source] = held.updated(group, _update(source.statistic, rows, batch.ids))
+    return found
+
+
+def _update(statistic: Statistic, rows: list[Tensor], ids: Tensor) -> Callable[[State | None], State]:
+    return lambda state: statistic.update(statistic.init(rows, ids) if state is None else state, rows, ids)

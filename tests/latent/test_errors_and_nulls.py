@@ -1,0 +1,314 @@
+"""Standard errors, null scores and routes: what a table says of each score besides its value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from tdprobe.errors import CallError, ConfigError, MissingKeyError
+from tdprobe.estimator import LayerEstimator, SupervisedEstimator
+from tdprobe.latent import CkaEstimator, LayerScoring
+from tdprobe.latent.estimator_list import resolve_estimators
+from tdprobe.latent.kept_states import GroupedState
+from tdprobe.latent.scorer import Scorer
+from tdprobe.registry import Spec
+from tdprobe.stats import Cross, Moments, Reservoir, layer_list
+from tdprobe.stream.batch import Batch
+from tdprobe.tables import ScoreTable
+
+IDS = torch.arange(100_000) * 7919
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spec(name, kind="layer", symmetric=False):
+    return Spec(name, kind, symmetric, (0.0, 1.0), "larger", frozenset(), ("moments",), "n d", "none")
+
+
+class FirstMean(LayerEstimator):
+    """Mean of the first column."""
+
+    spec = spec("first-mean")
+
+    def __init__(self):
+        super().__init__(["data"], ["mean"])
+
+    def statistic(self):
+        return Moments()
+
+    def score(self, state):
+        return TensorDict({"score": torch.stack([mu[0] for mu in layer_list(state.mu)])})
+
+
+class Correlation(SupervisedEstimator):
+    """Correlation of the first column of a layer with each target."""
+
+    spec = spec("correlation", "supervised")
+
+    def __init__(self, in_key="latents", target_key="attributes"):
+        super().__init__([in_key, target_key], ["correlation"])
+        self.in_key, self.target_key = in_key, target_key
+
+    def statistic(self):
+        return Reservoir(1000)
+
+    def score(self, state):
+        *layers, targets = layer_list(state.rows)
+        columns = [torch.corrcoef(torch.cat([x[:, :1].double(), targets], 1).T)[0, 1:] for x in layers]
+        return TensorDict({"score": torch.stack(columns)})
+
+
+def scorer(*estimators, **options):
+    return Scorer(resolve_estimators(estimators), **{"portion": 10, "max_norm": None} | options)
+
+
+def push(scoring, rows, targets=None, size=10):
+    n = len(next(iter(rows.values())))
+    for start in range(0, n, size):
+        part = slice(start, start + size)
+        known = {key: value[part] for key, value in (targets or {}).items()}
+        scoring.push(Batch({name: x[part] for name, x in rows.items()}, IDS[:n][part], known))
+    return scoring
+
+
+class TestStandardErrors:
+    def test_of_a_mean_is_that_of_the_mean(self):
+        se = []
+        for seed in range(20):
+            found = push(scorer(FirstMean(), portion=50), {"a": normal(4000, 2, seed=seed)}, size=50).scored()
+            se.append(float(found["first-mean"].se[0]))
+        assert np.sqrt(np.mean(np.square(se))) == pytest.approx(1 / 4000**0.5, rel=0.2)
+
+    def test_of_cka_covers_its_spread(self):
+        values, se = [], []
+        for seed in range(30):
+            x = normal(1200, 6, seed=seed)
+            rows = {"a": x, "b": 0.6 * x + normal(1200, 6, seed=seed + 1000)}
+            found = push(scorer("cka", portion=40), rows, size=40).scored()["cka"]
+            values.append(float(found.score[0, 1]))
+            se.append(float(found.se[0, 1]))
+        assert np.mean(se) == pytest.approx(np.std(values), rel=0.35)
+
+    def test_leaving_out_a_group_is_scoring_the_others(self):
+        rows = {"a": normal(200, 3), "b": normal(200, 4, seed=1)}
+        scoring = push(scorer("cka", groups=5), rows)
+        held = next(iter(scoring._groups().values()))
+        for place, state in enumerate(held.without()):
+            others = [part for other, part in enumerate(held.filled) if other != place]
+            assert int(state.n) == sum(int(part.n) for part in others)
+            torch.testing.assert_close(state.hsic, sum(part.hsic for part in others), rtol=1e-12, atol=0)
+
+    def test_groups_do_not_change_scores_and_none_says_nothing(self):
+        rows = {"a": normal(200, 3), "b": normal(200, 4, seed=1)}
+        with_groups, without = (push(scorer("cka", groups=groups), rows).scored()["cka"] for groups in (8, 0))
+        torch.testing.assert_close(with_groups.score, without.score, rtol=1e-12, atol=0)
+        assert without.se is None and with_groups.se.shape == (2, 2)
+
+    def test_the_order_of_the_stream_does_not_matter(self):
+        rows = {"a": normal(200, 3), "b": normal(200, 4, seed=1)}
+        first, second = scorer("cka"), scorer("cka")
+        portions = [
+            Batch({name: x[start : start + 18] for name, x in rows.items()}, IDS[start : start + 18])
+            for start in range(0, 198, 18)
+        ]
+        for scoring, order in ((first, portions), (second, portions[::-1])):
+            scoring.portion = scoring._buffer.portion = 10
+            for part in order:
+                # Whole batches at once: every portion is then the same in both orders.
+                scoring._buffer.reserve = 0
+                scoring.push(part.select(slice(10)))
+        torch.testing.assert_close(first.scored()["cka"].se, second.scored()["cka"].se, rtol=1e-9, atol=0)
+
+    def test_a_state_that_is_too_large_is_kept_once(self, monkeypatch):
+        monkeypatch.setattr("tdprobe.latent.kept_states.GROUP_BUDGET", 1000)
+        found = push(scorer(FirstMean()), {"a": normal(100, 40)}).scored()["first-mean"]
+        assert found.se is None
+
+    def test_one_group_has_no_other(self):
+        state = Moments().update(Moments().init([normal(9, 2)], IDS[:9]), [normal(9, 2)], IDS[:9])
+        assert GroupedState((None, state)).without() == [] and GroupedState((None, state)).total() is state
+
+
+class TestNulls:
+    def test_unrelated_layers_are_within_and_related_ones_beyond(self):
+        x = normal(300, 5)
+        rows = {"a": x, "b": x + 0.1 * normal(300, 5, seed=1), "c": normal(300, 5, seed=2)}
+        found = push(scorer("cka", "information_imbalance", null=19, portion=300), rows, size=300).scored()
+        for label in ("cka", "information_imbalance"):
+            p = found[label].null.p
+            assert p[0, 1] == p[1, 0] == p[0, 0] == pytest.approx(0.05)
+            assert p[0, 2] > 0.05 and p[2, 1] > 0.05
+        # Unbiased CKA of unrelated rows is 0, imbalance 1.
+        assert abs(float(found["cka"].null.mean[0, 2])) < 0.02
+        assert float(found["information_imbalance"].null.mean[0, 2]) == pytest.approx(1, abs=0.06)
+
+    def test_biased_cka_of_few_rows_is_not_zero_by_chance(self):
+        rows = {"a": normal(64, 100), "b": normal(64, 100, seed=1)}
+        found = push(scorer(CkaEstimator(minibatch=True), null=9, portion=64), rows, size=64).scored()["cka"]
+        # The biased estimate of independent Gaussians: d^2 n (n - 1) against d n (n - 1) (n - 1 + d), or so.
+        assert float(found.null.mean[0, 1]) == pytest.approx(100 / (63 + 100), abs=0.03)
+        assert float((found.score[0, 1] - found.null.mean[0, 1]) / found.null.sd[0, 1]) < 4
+
+    def test_p_of_unrelated_layers_is_uniform(self):
+        p = []
+        for seed in range(60):
+            rows = {"a": normal(60, 3, seed=seed), "b": normal(60, 3, seed=seed + 500)}
+            p.append(float(push(scorer("cka", null=9, portion=60), rows, size=60).scored()["cka"].null.p[0, 1]))
+        counts = np.histogram(p, bins=5, range=(0.05, 1.05))[0]
+        # 12 of 60 are expected in each fifth; the variance of a count is 9.6.
+        assert abs(counts - 12).max() < 12
+
+    def test_layers_by_themselves_have_no_null(self):
+        assert push(scorer(FirstMean(), null=3), {"a": normal(50, 3)}).scored()["first-mean"].null is None
+
+
+class TestRoutes:
+    def test_tables_say_how_scores_came_about(self):
+        rows = {"a": normal(60, 3), "b": normal(60, 4, seed=1)}
+        found = push(scorer("cka", "twonn", CkaEstimator()), rows).scored()
+        assert [found[label].route for label in ("cka", "twonn", "cka-2")] == [
+            "minibatch Grams",
+            "bank of 4096 rows",
+            "cross-covariances",
+        ]
+
+    def test_a_state_beyond_the_budget_takes_a_cheaper_route_and_says_so(self, monkeypatch):
+        monkeypatch.setattr(Cross, "cheaper", lambda self: Reservoir(64))
+        with pytest.warns(UserWarning, match="takes the route 'bank of 64 rows' instead"):
+            scoring = scorer(CkaEstimator(), memory_budget=1000.0)
+            scoring._begin(Batch({"a": normal(20, 30)}, IDS[:20]))
+        assert next(iter(scoring._states)).statistic == Reservoir(64)
+
+    def test_or_is_refused_before_anything_is_kept(self, monkeypatch):
+        monkeypatch.setattr(Moments, "cheaper", lambda self: None)
+        with pytest.raises(ConfigError, match="first-mean by covariance would keep .* memory_budget is"):
+            scorer(FirstMean(), memory_budget=1000.0).push(Batch({"a": normal(20, 30)}, IDS[:20]))
+
+    @pytest.mark.parametrize("options", [{"groups": 2}, {"groups": True}, {"null": -1}, {"null": 2.5}])
+    def test_counts_that_mean_nothing(self, options):
+        with pytest.raises(ConfigError, match="groups|null"):
+            scorer("cka", **options)
+
+    def test_an_option_that_does_not_exist(self):
+        from tdprobe.compare import LayerComparison
+
+        with pytest.raises(CallError, match="unknown argument 'nul'; did you mean 'null'"):
+            LayerComparison({"m": nn.Linear(2, 2)}, nul=3)
+
+
+class TestTables:
+    @pytest.fixture
+    def table(self):
+        x = normal(200, 5)
+        model = nn.ModuleDict({"near": nn.Linear(5, 5), "same": nn.Identity()})
+
+        class Both(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.parts = model.double()
+
+            def forward(self, x):
+                self.parts["same"](x)
+                return self.parts["near"](x)
+
+        torch.manual_seed(0)
+        with LayerScoring("parts", ["cka", "twonn"], null=19, rows_per_update=20).prepare(Both()) as hooked:
+            hooked(x)
+        return hooked.hooking_context.scores()
+
+    def test_rows_say_all_there_is(self, table):
+        row = next(row for row in table if row.estimator == "cka" and row.layer_a != row.layer_b)
+        assert row.p == pytest.approx(0.05) and row.se > 0 and abs(row.null) < 0.1 and row.route == "minibatch Grams"
+        assert {"se", "null", "p", "route"} <= set(table.to_pandas().columns)
+        twonn = next(row for row in table if row.estimator == "twonn")
+        assert twonn.se > 0 and np.isnan(twonn.p)
+
+    def test_json_brings_it_all_back(self, table):
+        assert ScoreTable.from_json(table.to_json()) == table
+
+    def test_a_table_of_the_first_version_is_read(self):
+        block = (
+            '{"estimator": "cka", "checkpoint_a": "m", "checkpoint_b": "m", "layers_a": ["x"], '
+            '"layers_b": ["x"], "n": 3, "symmetric": true, "values": [1.0]}'
+        )
+        text = f'{{"format": "tdprobe.scores", "version": 1, "meta": {{}}, "blocks": [{block}]}}'
+        (found,) = ScoreTable.from_json(text).blocks
+        assert found.values.tolist() == [[1.0]] and found.se is None and found.route == ""
+
+    def test_significant_keeps_what_unrelated_rows_do_not_reach(self, table):
+        kept = table.significant(0.05)
+        assert kept.estimators == ("cka",) and np.isfinite(kept.matrix("cka")).all()
+        with pytest.raises(
+            ConfigError, match="19 permutations give no p below 0.05; for alpha=0.01 score with null=99"
+        ):
+            table.significant(0.01)
+        with pytest.raises(ConfigError, match="no null to compare with"):
+            table.select("twonn").significant()
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            table.significant(5)
+
+    def test_labels_of_the_users_own_keep_their_method(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        with LayerScoring(r"\d", {"mine": CkaEstimator(minibatch=True)}).prepare(model) as hooked:
+            hooked(torch.randn(40, 3))
+        (block,) = hooked.hooking_context.scores().blocks
+        assert block.estimator == "mine" and block.registry_name == "cka"
+
+
+class TestSupervised:
+    def test_one_shot(self):
+        x, y = normal(50, 3), normal(50, 2, seed=1)
+        td = Correlation()(TensorDict({"latents": x, "attributes": y}))
+        expected = [np.corrcoef(x[:, 0], y[:, i])[0, 1] for i in range(2)]
+        assert td["correlation"].tolist() == pytest.approx(expected, rel=1e-5)
+        td = Correlation()(TensorDict({"latents": x, "attributes": y[:, 0]}))
+        assert td["correlation"].tolist() == pytest.approx(expected[:1], rel=1e-5)
+
+    def test_attributes_come_with_each_call(self):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+        x, y = normal(60, 3), normal(60, 2, seed=1)
+        with LayerScoring(r"\d", [Correlation(), "cka"]).prepare(model) as hooked:
+            for part in (slice(0, 25), slice(25, 60)):
+                hooked(TensorDict({"input": x[part], "attributes": y[part]}, batch_size=[len(x[part])]))
+        table = hooked.hooking_context.scores()
+        block = table.block("correlation")
+        assert block.layers_b == ("attributes[0]", "attributes[1]") and block.layers_a == ("0", "1")
+        with torch.no_grad():
+            values = model[0](x)
+        assert block.values[0, 1] == pytest.approx(np.corrcoef(values[:, 0], y[:, 1])[0, 1])
+        assert table.matrix("cka").shape == (2, 2)
+
+    def test_attributes_of_texts_are_repeated_for_their_tokens(self, tiny_llama):
+        ids = torch.randint(1, 60, (4, 7), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        label = torch.tensor([3.0, 1.0, 4.0, 1.5])
+        scoring = LayerScoring(r"model\.layers\.\d+$", [Correlation()], skip_first=0)
+        with scoring.prepare(tiny_llama) as hooked, torch.no_grad():
+            hooked(input_ids=ids, attention_mask=mask, attributes=label)
+        context = hooked.hooking_context
+        (held,) = context.scorer._groups().values()
+        state = held.total()
+        targets = layer_list(state.rows)[-1]
+        assert sorted(targets.flatten().tolist()) == sorted(label.repeat_interleave(mask.sum(1)).tolist())
+
+    def test_a_call_without_them_says_what_is_missing(self):
+        model = nn.Sequential(nn.Linear(3, 3))
+        with LayerScoring("0", [Correlation()], required=False).prepare(model) as hooked:
+            with pytest.raises((KeyError, TypeError), match="attributes"):
+                hooked(TensorDict({"input": torch.randn(4, 3)}))
+            with pytest.raises(TypeError, match="attributes"):
+                hooked(torch.randn(4, 3))
+        with pytest.raises(MissingKeyError, match="unknown target 'attributes'"):
+            scorer(Correlation()).push(Batch({"a": normal(10, 2)}, IDS[:10]))
+
+    @pytest.mark.parametrize("value", [torch.zeros(3), torch.tensor(1.0)])
+    def test_targets_that_do_not_fit(self, value):
+        with LayerScoring("0", [Correlation()], required=False).prepare(nn.Sequential(nn.Linear(3, 3))) as hooked:
+            with pytest.raises(ConfigError, match="'attributes' has shape"):
+                hooked(torch.randn(4, 3), attributes=value)
