@@ -89,7 +89,6 @@ with torch.no_grad(), LayerScoring(r"model\.(embed_tokens|layers\.\d+)$", names)
         hooked(batch.inputs)
 
 table = hooked.hooking_context.scores()
-scorer = hooked.hooking_context.scorer
 dimension = table.matrix("twonn")
 layers = table.block("twonn").layers_a
 n = table.block("twonn").n
@@ -99,9 +98,7 @@ print(f"{n} tokens; repeated: {repeated[0]} in the embedding, {max(repeated[1:])
 # %%
 # The standard error comes with the score.
 
-estimator = scorer.estimators["twonn"]
-found = estimator.score(scorer.states()[estimator.statistic()])
-error = found["se"].numpy()
+error = table.block("twonn").se
 
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
 depth = np.arange(len(layers))

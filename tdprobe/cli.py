@@ -57,6 +57,17 @@ def layers(
 
 
 @app.command()
+def estimators() -> None:
+    """List the estimators by name: what they score, what a larger score means, the paper."""
+    from tdprobe import registry
+
+    specs = [registry.get(name).spec for name in registry.names()]
+    width = max(len(spec.name) for spec in specs)
+    for spec in specs:
+        typer.echo(f"{spec.name:<{width}}  {spec.kind:<10}  larger: {spec.larger_means}  [{spec.reference}]")
+
+
+@app.command()
 def compare(
     models: Annotated[list[str], typer.Argument(help="Folders, owner/model[@revision], or demo.")],
     data: Annotated[str, typer.Option(help="Text file (a sample per line), JSONL, or demo.")],
@@ -65,6 +76,8 @@ def compare(
     tokens: Annotated[str, typer.Option(help="all, last, mean, a position, or start:stop.")] = "all",
     skip_first: Annotated[int, typer.Option(help="Tokens at the start of each text that never count.")] = 1,
     max_norm: Annotated[float, typer.Option(help="Leave out rows this many times longer than usual; 0: none.")] = 4.0,
+    mode: Annotated[str, typer.Option(help="robust, or strict as in the papers.")] = "robust",
+    null: Annotated[int, typer.Option(help="Permutations that show what unrelated layers score.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for scores.json, report.html and pictures.")] = Path("out"),
     field: Annotated[str | None, typer.Option(help="JSONL field that holds the text.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read at most so many samples.")] = None,
@@ -83,7 +96,7 @@ def compare(
     _require_extras()
     texts = hf.read_texts(data, field=field, limit=limit)
     names = [name.strip() for name in estimators.split(",") if name.strip()]
-    rows: Any = {"tokens": tokens, "skip_first": skip_first, "max_norm": max_norm or None}
+    rows: Any = {"tokens": tokens, "skip_first": skip_first, "max_norm": max_norm or None, "mode": mode, "null": null}
     reading: Any = {"batch_size": batch_size, "max_length": max_length}
     loading: Any = {"dtype": dtype, "device": device, "one_at_a_time": one_at_a_time}
     named = dict(zip(_names(models), models, strict=True))

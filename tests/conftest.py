@@ -14,6 +14,9 @@ from torch import nn
 # pytest-xdist brings the parallel work; a second pool of threads in each worker would only slow it down.
 torch.set_num_threads(1)
 
+# An estimator of another package: it may come in by its entry point only.
+collect_ignore = ["foreign_package"]
+
 SESSION_MODELS = ("smollm2", "minilm", "tiny_llama")
 HOOK_TABLES = (
     "_forward_hooks",

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from tdprobe import hf
+from tdprobe import hf, registry
 from tdprobe.__main__ import main
 from tdprobe.compare import compare_layers
 from tdprobe.hooks import match_modules
@@ -415,3 +415,21 @@ def test_no_temporary_files_are_left(run: Run, root: Path, tmp_path: Path) -> No
     for _ in range(2):
         assert run("compare", root / "base", "--data", data, "--out", tmp_path / "out", "--quiet").code == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["cka-base.png", "report.html", "scores.json"]
+
+
+def test_estimators_are_listed_with_what_they_mean(run: Run) -> None:
+    result = run("estimators")
+    lines = {line.split()[0]: line for line in result.out.splitlines()}
+    assert result.code == 0 and set(lines) == set(registry.names())
+    assert "more similar" in lines["cka"] and "Kornblith" in lines["cka"]
+
+
+def test_null_scores_and_a_mode_reach_the_table(run: Run, root: Path, tmp_path: Path) -> None:
+    more = ("--layers", r"model\.layers\.\d+$", "--quiet", "--null", 4, "--mode", "strict")
+    result = run("compare", root / "base", "--data", root / "texts.txt", "--out", tmp_path, *more)
+    assert result.code == 0, result.err
+    table = ScoreTable.from_json(tmp_path / "scores.json")
+    assert table.meta["permutations"] == 4 and table.meta["mode"] == "strict"
+    assert table.blocks[0].p is not None and table.blocks[0].null is not None
+    result = run("compare", root / "base", "--data", root / "texts.txt", "--out", tmp_path, "--mode", "robst")
+    assert result.code == 2 and "unknown mode 'robst'; did you mean 'robust'" in result.err

@@ -8,7 +8,7 @@ from typing import Any
 from tdprobe import registry
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import Estimator
-from tdprobe.registry import Mode
+from tdprobe.registry import Mode, check_mode
 
 
 def resolve_estimators(estimators: Any, mode: Mode = "robust") -> dict[str, Estimator]:
@@ -29,6 +29,7 @@ def resolve_estimators(estimators: Any, mode: Mode = "robust") -> dict[str, Esti
         >>> list(resolve_estimators([CkaEstimator(), "cka"]))
         ['cka-2', 'cka']
     """
+    check_mode(mode)
     if isinstance(estimators, Mapping):
         return _labelled(estimators, mode)
     items = list(estimators) if isinstance(estimators, Iterable) and not isinstance(estimators, str) else [estimators]

@@ -36,6 +36,7 @@ def tokens_text(tokens: Any) -> str:
     """Say in a table's ``meta`` which tokens counted, without addresses or the values of a mask.
 
     Example:
+        >>> import torch
         >>> tokens_text(slice(1, None)), tokens_text(torch.ones(2, 3, dtype=torch.bool)), tokens_text((0, -1))
         ('1:', 'mask (2, 3)', '0, -1')
     """

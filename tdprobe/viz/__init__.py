@@ -28,15 +28,19 @@ def plot_table(
     checkpoint_a: str | None = None,
     checkpoint_b: str | None = None,
     *,
+    title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
-    """Draw the scores of one estimator: heat maps of layer pairs, or curves over depth.
+    """Draw the scores of one estimator: heat maps of layer pairs, or curves over depth with their errors.
+
+    Scores that unrelated rows reach too are marked, where the table has a null.
 
     Args:
         table: Where the scores are.
         estimator: May be left out where the table has one only.
         checkpoint_a: Checkpoint of the rows; all if left out.
         checkpoint_b: Checkpoint of the columns; all if left out.
+        title: Text above the picture, for one pair of checkpoints or a layer estimator.
         ax: Axes to draw into, for one pair of checkpoints or a layer estimator.
 
     Returns:
@@ -51,15 +55,18 @@ def plot_table(
     if not blocks:
         blocks = (table.block(estimator, checkpoint_a, checkpoint_b),)
     if blocks[0].layers_b is None:
-        return _curves_of(blocks, ax)
+        return _curves_of(blocks, title, ax)
     if len(blocks) == 1:
-        return _heatmap_of(blocks[0], ax)
-    if ax is not None:
-        raise ConfigError(f"{len(blocks)} pairs of checkpoints do not fit one ax; name checkpoint_a and checkpoint_b.")
+        return _heatmap_of(blocks[0], title, ax)
+    if ax is not None or title is not None:
+        what = "ax" if ax is not None else "title"
+        raise ConfigError(
+            f"{len(blocks)} pairs of checkpoints do not fit one {what}; name checkpoint_a and checkpoint_b."
+        )
     return heatmap_grid(blocks)
 
 
-def _heatmap_of(block: ScoreBlock, ax: Axes | None) -> Figure:
+def _heatmap_of(block: ScoreBlock, title: str | None, ax: Axes | None) -> Figure:
     return heatmap(
         block.values,
         block.layers_a,
@@ -69,20 +76,27 @@ def _heatmap_of(block: ScoreBlock, ax: Axes | None) -> Figure:
         checkpoint_b=block.checkpoint_b,
         n=block.n,
         spec=spec_of(block.registry_name),
+        p=block.p,
+        title=title,
         ax=ax,
     )
 
 
-def _curves_of(blocks: Sequence[ScoreBlock], ax: Axes | None) -> Figure:
+def _curves_of(blocks: Sequence[ScoreBlock], title: str | None, ax: Axes | None) -> Figure:
     layers = list(dict.fromkeys(name for block in blocks for name in block.layers_a))
-    series = {}
-    for block in blocks:
-        scores = dict(zip(block.layers_a, block.values.tolist(), strict=True))
-        series[block.checkpoint_a] = [scores.get(name, np.nan) for name in layers]
-    counts = " and ".join(str(n) for n in sorted({block.n for block in blocks}))
-    owner = f": {blocks[0].checkpoint_a}" if len(blocks) == 1 else ""
-    title = f"{blocks[0].estimator}{owner} (n = {counts})"
-    return curves(series, layers, estimator=blocks[0].estimator, title=title, ax=ax)
+    series = {block.checkpoint_a: _laid_out(block, block.values, layers) for block in blocks}
+    errors = {block.checkpoint_a: _laid_out(block, block.se, layers) for block in blocks if block.se is not None}
+    if title is None:
+        counts = " and ".join(str(n) for n in sorted({block.n for block in blocks}))
+        owner = f": {blocks[0].checkpoint_a}" if len(blocks) == 1 else ""
+        band = "; band: 2 standard errors" if errors else ""
+        title = f"{blocks[0].estimator}{owner} (n = {counts}{band})"
+    return curves(series, layers, estimator=blocks[0].estimator, title=title, errors=errors, ax=ax)
+
+
+def _laid_out(block: ScoreBlock, values: np.ndarray, layers: Sequence[str]) -> list[float]:
+    found = dict(zip(block.layers_a, values.tolist(), strict=True))
+    return [found.get(name, np.nan) for name in layers]
 
 
 __all__ = ["curves", "heatmap", "heatmap_grid", "plot_table", "write_report"]

@@ -11,6 +11,8 @@ from tdprobe.errors import require_extra
 from tdprobe.viz.labels import shorten
 from tdprobe.viz.vega import choice, finish, label_axis, plain_numbers
 
+SCORE = "format(datum.value, '.5~g') + (isValid(datum.se) ? ' ± ' + format(datum.se, '.2~g') : '')"
+
 if TYPE_CHECKING:
     from tdprobe.tables import ScoreBlock, ScoreTable
 
@@ -26,33 +28,45 @@ def curve_chart(table: ScoreTable) -> dict[str, Any] | None:
     control = choice(alt, "curve", curves, "Curve")
     title = alt.Title(text=alt.expr("curve"), frame="group")
     lines = alt.Chart(alt.NamedData("records"), title=title).transform_filter("datum.curve == curve")
-    lines = lines.transform_flatten(["layers", "labels", "values"], ["layer", "label", "value"])
+    lines = lines.transform_flatten(
+        ["layers", "labels", "values", "errors"], ["layer", "label", "value", "se"]
+    ).transform_calculate(score=SCORE)
     legend = alt.Legend(orient="bottom", columns=2, labelLimit=240) if len(series) > 1 else None
     # An ordered map, for checkpoints have an order; its yellow end is too pale for a line.
     colours = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0.0, 0.85]))
     crowded = max(len(record["labels"]) for record in records) > 40
+    x = alt.X("label:O", sort=None, title="layer", axis=label_axis(alt, [r["labels"] for r in records]))
+    colour = alt.Color("series:O", sort=None, title=None, legend=legend, scale=colours)
+    band = lines.transform_filter("isValid(datum.se)")
+    band = band.transform_calculate(low="datum.value - 2 * datum.se", high="datum.value + 2 * datum.se")
+    band = band.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=colour)
     lines = lines.mark_line(point=alt.OverlayMarkDef(size=12 if crowded else 36)).encode(
-        x=alt.X("label:O", sort=None, title="layer", axis=label_axis(alt, [r["labels"] for r in records])),
+        x=x,
         y=alt.Y("value:Q", title="score", scale=alt.Scale(zero=False)),
-        color=alt.Color("series:O", sort=None, title=None, legend=legend, scale=colours),
-        tooltip=["series:N", "layer:N", alt.Tooltip("value:Q", title="score", format=".5~g")],
+        color=colour,
+        tooltip=["series:N", "layer:N", "score:N"],
     )
-    return finish(alt, lines.properties(width=430, height=260).add_params(control), records)
+    both = alt.layer(band, lines) if any(any(r["errors"]) for r in records) else lines
+    return finish(alt, both.properties(width=430, height=260).add_params(control), records)
 
 
 def _curve_record(block: ScoreBlock) -> dict[str, Any] | None:
     if block.layers_b is None:
-        return _record(block.estimator, block.checkpoint_a, block.layers_a, block.values)
+        return _record(block.estimator, block.checkpoint_a, block.layers_a, block.values, block.se)
     columns = {name: i for i, name in enumerate(block.layers_b)}
     same = [(i, columns[name]) for i, name in enumerate(block.layers_a) if name in columns]
     if block.checkpoint_a == block.checkpoint_b or not same:
         return None
     values = np.array([block.values[spot] for spot in same])
+    errors = None if block.se is None else np.array([block.se[spot] for spot in same])
     layers = [block.layers_a[i] for i, _ in same]
-    return _record(f"{block.estimator}, equal layers of two checkpoints", block.pair, layers, values)
+    return _record(f"{block.estimator}, equal layers of two checkpoints", block.pair, layers, values, errors)
 
 
-def _record(curve: str, series: str, layers: Sequence[str], values: np.ndarray) -> dict[str, Any]:
-    labels = shorten(layers).short
-    numbers = plain_numbers(values)
-    return {"curve": curve, "series": series, "layers": layers, "labels": labels, "values": numbers}
+def _record(
+    curve: str, series: str, layers: Sequence[str], values: np.ndarray, errors: np.ndarray | None
+) -> dict[str, Any]:
+    numbers = {"values": plain_numbers(values), "errors": [None] * len(layers)}
+    if errors is not None:
+        numbers["errors"] = plain_numbers(errors)
+    return {"curve": curve, "series": series, "layers": layers, "labels": shorten(layers).short, **numbers}

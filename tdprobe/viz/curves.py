@@ -25,6 +25,7 @@ def curves(
     estimator: str = "score",
     axis: str = "layer",
     title: str = "",
+    errors: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw one curve per label, such as a layer score over depth or the similarity to a final checkpoint.
@@ -35,6 +36,7 @@ def curves(
         estimator: What the vertical axis shows.
         axis: What the horizontal axis shows.
         title: Text above the picture.
+        errors: Label -> standard errors, (L,): drawn as a band of two on either side.
         ax: Axes to draw into; a new figure if left out.
 
     Returns:
@@ -56,6 +58,9 @@ def curves(
     colours = _colours(len(series))
     for (label, values), colour in zip(series.items(), colours, strict=True):
         marker = "o" if length <= 40 else None
+        if errors is not None and label in errors:
+            middle, spread = np.asarray(values, dtype=float), 2 * np.asarray(errors[label], dtype=float)
+            ax.fill_between(range(length), middle - spread, middle + spread, color=colour, alpha=0.18, lw=0)
         ax.plot(np.asarray(values, dtype=float), label=label, color=colour, marker=marker, markersize=3.5, lw=1.6)
     thin_ticks(ax.xaxis, names.short)
     ax.set_xlabel(f"{axis} ({names.pattern})" if names.pattern else axis)

@@ -25,8 +25,12 @@ NUMBERED_LAYERS = 8
 MARK = "#e8452c"
 LOW, HIGH = (f"ranges[estimator][fit ? 'data' : 'bounds'][{end}]" for end in (0, 1))
 COUNT = "counts[estimator + ': ' + pair]"
-TITLE = f"estimator + ': ' + pair + ({COUNT} ? ' (n = ' + {COUNT} + ')' : ' was not scored')"
-SCORE = "isValid(datum.value) ? format(datum.value, '.5~g') : 'none'"
+NOTE = "notes[estimator + ': ' + pair]"
+TITLE = f"estimator + ': ' + pair + ({COUNT} ? ' (n = ' + {COUNT} + {NOTE} + ')' : ' was not scored')"
+ERROR = "isValid(datum.se) ? ' ± ' + format(datum.se, '.2~g') : ''"
+NULL = "isValid(datum.p) ? ', p = ' + format(datum.p, '.3~g') : ''"
+SCORE = f"isValid(datum.value) ? format(datum.value, '.5~g') + ({ERROR}) + ({NULL}) : 'none'"
+ALPHA = 0.05
 # The bright half of viridis, where text must be dark, lies at the low end if small scores mean similar.
 BRIGHT = f"((datum.value - {LOW}) / ({HIGH} - {LOW}) > 0.6) != ranges[estimator].reverse"
 # A pair of other models may lack the layer that was marked last.
@@ -51,6 +55,8 @@ def heat_chart(table: ScoreTable) -> dict[str, Any] | None:
         "y": alt.Y("row:O", sort=None, title=titles[0], scale=alt.Scale(reverse=True), axis=label_axis(alt)),
     }
     layers = [_cells(alt, spots), *_frame(alt, spots)]
+    if any(block.p is not None for block in blocks):
+        layers.append(_null_dots(alt, spots))
     if any(max(block.values.shape) <= NUMBERED_LAYERS for block in blocks):
         layers.append(_numbers(alt, spots))
     width, height = _sides(blocks)
@@ -88,6 +94,12 @@ def _frame(alt: Any, spots: dict[str, Any]) -> list[Any]:
     return [marked.encode(y=spots["y"]), marked.encode(x=spots["x"])]
 
 
+def _null_dots(alt: Any, spots: dict[str, Any]) -> Any:
+    """Mark the scores that unrelated rows reach too."""
+    within = _unrolled(_rows(alt)).transform_filter(f"isValid(datum.p) && datum.p > {ALPHA}")
+    return within.mark_circle(size=14, color="white", stroke="black", strokeWidth=0.6, aria=False).encode(**spots)
+
+
 def _numbers(alt: Any, spots: dict[str, Any]) -> Any:
     small = f"max(length(datum.layers_a), length(datum.layers_b)) <= {NUMBERED_LAYERS} && isValid(datum.value)"
     ink = alt.condition(BRIGHT, alt.value("black"), alt.value("white"))
@@ -116,11 +128,15 @@ def _hover(alt: Any) -> Any:
 
 def _rows(alt: Any) -> Any:
     chart = alt.Chart(alt.NamedData("records")).transform_filter("datum.estimator == estimator && datum.pair == pair")
-    return chart.transform_flatten(["values", "layers_a", "rows"], ["line", "layer_a", "row"])
+    return chart.transform_flatten(
+        ["values", "errors", "nulls", "layers_a", "rows"], ["line", "error_line", "null_line", "layer_a", "row"]
+    )
 
 
 def _unrolled(rows: Any) -> Any:
-    cells = rows.transform_flatten(["line", "layers_b", "columns"], ["value", "layer_b", "column"])
+    cells = rows.transform_flatten(
+        ["line", "error_line", "null_line", "layers_b", "columns"], ["value", "se", "p", "layer_b", "column"]
+    )
     return cells.transform_calculate(score=SCORE)
 
 
@@ -143,6 +159,7 @@ def _controls(alt: Any, blocks: Sequence[ScoreBlock]) -> list[Any]:
         alt.param(name="fit", value=False, bind=alt.binding_checkbox(name="Fit colours to the data")),
         alt.param(name="ranges", value=ranges),
         alt.param(name="counts", value=counts),
+        alt.param(name="notes", value={block.title: _note(block) for block in blocks}),
     ]
 
 
@@ -168,4 +185,15 @@ def _heat_record(block: ScoreBlock, short_a: dict[str, str], short_b: dict[str, 
         "rows": [short_a[name] for name in block.layers_a],
         "columns": [short_b[name] for name in layers_b],
         "values": [plain_numbers(line) for line in block.values],
+        "errors": _lines(block.se, block),
+        "nulls": _lines(block.p, block),
     }
+
+
+def _lines(values: np.ndarray | None, block: ScoreBlock) -> list[list[float | None]]:
+    known = np.full(block.values.shape, np.nan) if values is None else values
+    return [plain_numbers(line) for line in known]
+
+
+def _note(block: ScoreBlock) -> str:
+    return f"; dots: p > {ALPHA:g}" if block.p is not None and (np.nan_to_num(block.p) > ALPHA).any() else ""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NUMBERED_LAYERS = 8
 NO_SCORE = "0.75"
 SIDE = 4.6
+ALPHA = 0.05
 
 
 def heatmap(
@@ -34,9 +35,13 @@ def heatmap(
     checkpoint_b: str = "",
     n: int | None = None,
     spec: Any | None = None,
+    p: np.ndarray | None = None,
+    title: str | None = None,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw scores between layers, depth growing to the right and upwards.
+
+    A dot marks a score that unrelated rows reach in more than one of 20 permutations.
 
     Args:
         values: Scores, (La, Lb); NaN is drawn grey.
@@ -47,6 +52,8 @@ def heatmap(
         checkpoint_b: Checkpoint of the columns.
         n: Samples behind the scores.
         spec: Registry entry of the estimator: its bounds set the colour range, its meaning the direction.
+        p: Share of permutations that score at least as similar, (La, Lb); NaN where it is not known.
+        title: Text above the picture, instead of the names.
         ax: Axes to draw into; a new figure if left out.
 
     Returns:
@@ -65,9 +72,11 @@ def heatmap(
         raise ConfigError(f"{values.shape} scores do not fit {len(layers_a)} rows and {len(layers_b)} columns.")
     figure, ax = canvas(ax, _size(layers_a, layers_b))
     image = _draw(ax, values, (layers_a, layers_b), (checkpoint_a, checkpoint_b), colour_range(values, spec), spec)
+    _mark_null(ax, p)
     names = " × ".join(dict.fromkeys(filter(None, (checkpoint_a, checkpoint_b))))
     count = f" (n = {n})" if n is not None else ""
-    ax.set_title(fold(f"{estimator}{': ' if names else ''}{names}{count}", SIDE), loc="left", fontsize=11)
+    heading = f"{estimator}{': ' if names else ''}{names}{count}{_legend(p)}" if title is None else title
+    ax.set_title(fold(heading, SIDE), loc="left", fontsize=11)
     _colour_bar(figure, image, [ax], estimator, spec)
     return figure
 
@@ -83,11 +92,23 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
     for block, ax in zip(blocks, panels, strict=False):
         owners = (block.checkpoint_a, block.checkpoint_b)
         image = _draw(ax, block.values, (block.layers_a, block.layers_b or ()), owners, limits, spec, ticks=16)
-        ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n})", 3.2), loc="left", fontsize=10)
+        _mark_null(ax, block.p)
+        ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n}){_legend(block.p)}", 3.2), loc="left", fontsize=10)
     for ax in panels[len(blocks) :]:
         ax.set_axis_off()
     _colour_bar(figure, image, list(panels), blocks[0].estimator, spec)
     return figure
+
+
+def _mark_null(ax: Axes, p: np.ndarray | None) -> None:
+    rows, columns = np.nonzero(np.nan_to_num(p) > ALPHA) if p is not None else ([], [])
+    if len(rows):
+        # Light inside dark shows on every colour.
+        ax.scatter(columns, rows, s=9, c="white", edgecolors="black", linewidths=0.5)
+
+
+def _legend(p: np.ndarray | None) -> str:
+    return f"; dots: p > {ALPHA:g}" if p is not None and (np.nan_to_num(p) > ALPHA).any() else ""
 
 
 def _size(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdprobe import registry
 from tdprobe.errors import ConfigError, MissingExtraError
 from tdprobe.tables import ScoreBlock, ScoreTable
 from tdprobe.viz import curves, heatmap
@@ -21,8 +22,8 @@ matplotlib = pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
 
 PART = st.text("ab01", min_size=1, max_size=2)
 NAMES = st.lists(st.lists(PART, min_size=1, max_size=4).map(".".join), min_size=1, max_size=6, unique=True)
-SIMILARITY = SimpleNamespace(bounds=(0.0, 1.0), larger_means="more similar")
-DISTANCE = SimpleNamespace(bounds=(0.0, np.inf), larger_means="more different")
+SIMILARITY = registry.get("cka").spec
+DISTANCE = replace(SIMILARITY, bounds=(0.0, np.inf), larger_means="more different")
 
 
 def layers(count):
@@ -219,3 +220,23 @@ def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"tdprobe\[plot\]"):
         table().plot("cka")
+
+
+def test_dots_mark_what_unrelated_rows_reach_and_the_title_says_so():
+    p = np.array([[0.05, 0.4], [np.nan, 0.05]])
+    figure = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], estimator="cka", n=9, p=p)
+    (dots,) = figure.axes[0].collections
+    assert dots.get_offsets().tolist() == [[1.0, 0.0]]
+    assert figure.axes[0].get_title(loc="left").endswith("dots: p > 0.05")
+    plain = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.full((2, 2), 0.01))
+    assert not plain.axes[0].collections and "dots" not in plain.axes[0].get_title(loc="left")
+
+
+def test_bands_are_two_standard_errors_wide():
+    block = ScoreBlock("twonn", "m", "m", ("h.0", "h.1"), None, [3.0, 5.0], 9, se=[0.5, 1.0])
+    figure = ScoreTable([block]).plot()
+    (band,) = figure.axes[0].collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert {(0.0, 2.0), (0.0, 4.0), (1.0, 3.0), (1.0, 7.0)} <= corners
+    assert "band: 2 standard errors" in figure.axes[0].get_title(loc="left")
+    assert ScoreTable([block]).plot(title="mine").axes[0].get_title(loc="left") == "mine"
