@@ -22,6 +22,8 @@ class Row:
         unaffected: Changes that are not declared and keep this score all the same, with no promise.
         shift: Offset, in standard deviations, that costs no digits.
         bank: Whether rows are kept, so that results are the same to the bit in any order.
+        targets: Targets of n rows, where attributes with any values will not do.
+        ordered: Rows that belong together must come in order, and in one update.
     """
 
     reference: Callable[..., Any] | None
@@ -29,6 +31,8 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     unaffected: frozenset[str] = frozenset()
     shift: float = 1000.0
+    targets: Callable[[int], torch.Tensor] | None = None
+    ordered: bool = False
 
 
 def centred(x):
@@ -55,9 +59,55 @@ def two_nn(x):
     return (mu * empirical).sum() / mu.square().sum()
 
 
+def spectrum(x):
+    """Return the singular values of rows."""
+    return torch.linalg.svdvals(x)
+
+
+def entropy(weights):
+    p = weights / weights.sum()
+    return -(p * p.log()).sum()
+
+
+def median_kernel(x):
+    gaps = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
+    return (-gaps / (2 * gaps[gaps.triu(1) > 0].median())).exp()
+
+
+def joint_entropy(x, y):
+    product = median_kernel(x) * median_kernel(y)
+    return -(product.square().sum() / len(x) ** 2).log()
+
+
+def mutual_information(x, y):
+    own = [-(median_kernel(z).square().sum() / len(z) ** 2).log() for z in (x, y)]
+    return own[0] + own[1] - joint_entropy(x, y)
+
+
+def views(n):
+    """Number the samples that rows are views of: two of the first four rows each, then three each."""
+    place = torch.arange(n)
+    return torch.where(place < 4, place % 2, place // 3 + 10).double().unsqueeze(1)
+
+
+def texts(n):
+    return (torch.arange(n) // 10).double().unsqueeze(1)
+
+
 ROWS: dict[str, Row] = {
     "cka": Row(linear_cka, least=1),
     "information_imbalance": Row(information_imbalance, least=2),
     "twonn": Row(two_nn, least=3),
     "local_knn": Row(None, least=5),
+    "participation_ratio": Row(
+        lambda x: spectrum(centred(x)).square().sum() ** 2 / spectrum(centred(x)).pow(4).sum(), 2
+    ),
+    "effective_rank": Row(lambda x: entropy(spectrum(centred(x)).square()).exp(), least=2),
+    "rankme": Row(lambda x: entropy(spectrum(x)).exp(), least=1),
+    "matrix_entropy": Row(lambda x: entropy(spectrum(x / x.norm(dim=1, keepdim=True)).square()), least=1),
+    "matrix_joint_entropy": Row(joint_entropy, least=2),
+    "matrix_mutual_information": Row(mutual_information, least=2),
+    "dime": Row(None, least=2),
+    "lidar": Row(None, least=4, targets=views),
+    "curvature": Row(None, least=3, targets=texts, ordered=True),
 }

@@ -10,7 +10,22 @@ __getattr__, __dir__, __all__ = lazy(
         "tdprobe.latent.activation_caching": ["ActivationCaching"],
         "tdprobe.latent.activation_patching": ["ActivationPatching"],
         "tdprobe.latent.attention_patterns": ["AttentionPatterns"],
-        "tdprobe.latent.dimension_estimation": ["LocalKnnDimensionEstimator", "TwoNnDimensionEstimator"],
+        "tdprobe.latent.dimension_estimation": [
+            "EffectiveRankEstimator",
+            "LocalKnnDimensionEstimator",
+            "ParticipationRatioEstimator",
+            "TwoNnDimensionEstimator",
+        ],
+        "tdprobe.latent.information": [
+            "CurvatureEstimator",
+            "DimeEstimator",
+            "LidarEstimator",
+            "MatrixEntropyEstimator",
+            "MatrixJointEntropyEstimator",
+            "MatrixMutualInformationEstimator",
+            "RankMeEstimator",
+            "trajectory_curvature",
+        ],
         "tdprobe.latent.max_activating": ["MaxActivating"],
         "tdprobe.latent.probing": [
             "BilinearEstimator",

@@ -2,11 +2,15 @@
 
 from tdprobe.stats.cross import Cross, CrossState
 from tdprobe.stats.gram import Gram, GramState, gram_products
+from tdprobe.stats.group_moments import GroupMoments, GroupMomentsState
 from tdprobe.stats.jackknife import jackknife_se, mean_se
+from tdprobe.stats.joint_entropy import JointEntropy, JointEntropyTable
 from tdprobe.stats.moments import Moments, MomentsState
 from tdprobe.stats.neighbors import Neighbors, NeighborTable
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.spectrum import Spectrum, SpectrumTable, renyi_entropy
 from tdprobe.stats.state import Derivation, State, Statistic, layer_list
+from tdprobe.stats.turns import Turns, TurnsState
 
 __all__ = [
     "Cross",
@@ -14,16 +18,25 @@ __all__ = [
     "Derivation",
     "Gram",
     "GramState",
+    "GroupMoments",
+    "GroupMomentsState",
+    "JointEntropy",
+    "JointEntropyTable",
     "Moments",
     "MomentsState",
     "NeighborTable",
     "Neighbors",
     "Reservoir",
     "ReservoirState",
+    "Spectrum",
+    "SpectrumTable",
     "State",
     "Statistic",
+    "Turns",
+    "TurnsState",
     "gram_products",
     "jackknife_se",
     "layer_list",
     "mean_se",
+    "renyi_entropy",
 ]

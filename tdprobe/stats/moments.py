@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from tdprobe._types import Float
 from tdprobe.stats.state import (
     State,
     Statistic,
@@ -20,6 +21,9 @@ from tdprobe.stats.state import (
     undisturbed,
     working_dtype,
 )
+
+# Columns of one product: few enough to leave out most of what symmetry gives, enough to run at full speed.
+COLUMNS = 128
 
 
 class MomentsState(State):
@@ -53,6 +57,12 @@ class MomentsState(State):
 class Moments(Statistic):
     """Keep mean and scatter matrix of every layer: spectra, participation ratio, covariance.
 
+    Products are float64 whatever the rows are: a spectrum has singular values of 1e-4 of the largest, and their
+    squares are below what float32 sums resolve.
+
+    Args:
+        normalize_rows: Divide each row by its length first; a row of zeros stays.
+
     Example:
         >>> x = torch.tensor([[0.0], [2.0]])
         >>> Moments().update(Moments().init([x], torch.arange(2)), [x], torch.arange(2)).scatters["0"].item()
@@ -63,11 +73,12 @@ class Moments(Statistic):
     """
 
     name: ClassVar[str] = "moments"
+    normalize_rows: bool = False
 
     @property
     def route(self) -> str:
         """Say what is kept."""
-        return "covariance"
+        return "covariance of unit rows" if self.normalize_rows else "covariance"
 
     def nbytes(self, widths: Sequence[int], data_sets: int = 1) -> int:
         """Return the size of a state in bytes."""
@@ -84,9 +95,43 @@ class Moments(Statistic):
     def update(self, state: MomentsState, rows: Sequence[Tensor], ids: Tensor) -> MomentsState:
         """Merge the moments of ``rows`` into the state."""
         check_widths(rows, [tuple(mu.shape) for mu in layer_list(state.mu)])
-        n, dtype = rows[0].shape[-2], working_dtype(rows)
+        working_dtype(rows)
+        n = rows[0].shape[-2]
         if n == 0:
             return state
-        centred, mu = zip(*(centre(x, dtype) for x in rows), strict=True)
-        scatters = by_layer((y.mT @ y).double() for y in centred)
-        return state.merge(MomentsState(n=torch.full_like(state.n, n), mu=by_layer(mu), scatters=scatters))
+        # One layer at a time: centred copies of all of them would be the largest thing in memory.
+        mu, scatters = zip(*(self._moments(x) for x in rows), strict=True)
+        batch = MomentsState(n=torch.full_like(state.n, n), mu=by_layer(mu), scatters=by_layer(scatters))
+        return state.merge(batch)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, mu = centre(unit_rows(x) if self.normalize_rows else x, torch.float64)
+        return mu, _square(y)
+
+
+def unit_rows(x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead n d"]:
+    """Divide each row by its length, in float64; a row of zeros stays one.
+
+    Example:
+        >>> unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+        [[0.6, 0.8], [0.0, 0.0]]
+    """
+    x = x.double()
+    # Dividing by the largest entry first keeps squares within range.
+    x = x / _nonzero(x.abs().amax(-1, keepdim=True)) if x.shape[-1] else x
+    return x / _nonzero(torch.linalg.vector_norm(x, dim=-1, keepdim=True))
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
+
+
+def _square(y: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead d d"]:
+    """Compute ``y' y`` from the blocks on and above the diagonal."""
+    d = y.shape[-1]
+    out = y.new_empty(*y.shape[:-2], d, d)
+    for start in range(0, d, COLUMNS):
+        stop = min(start + COLUMNS, d)
+        out[..., start:stop, start:] = y[..., start:stop].mT @ y[..., start:]
+        out[..., stop:, start:stop] = out[..., start:stop, stop:].mT
+    return out
