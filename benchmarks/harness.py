@@ -82,6 +82,9 @@ class Setup:
     tiny: bool = False
 
 
+Run = Callable[[Setup], Mapping[str, "Measured | str"]]
+
+
 @dataclass(frozen=True)
 class Bench:
     """One registered bench.
@@ -90,39 +93,42 @@ class Bench:
         name: What the command line calls it.
         what: What is measured, in one line.
         bars: One for each row that ``run`` returns.
-        run: Measures, and returns the rows by their label.
+        run: Measures, and returns the rows by their label; in place of one, why it could not be measured.
     """
 
     name: str
     what: str
     bars: Mapping[str, Bar]
-    run: Callable[[Setup], Mapping[str, Measured]]
+    run: Run
 
 
 @dataclass(frozen=True)
 class Result:
-    """One judged row; medians over rounds, and the smallest and largest figure of a round."""
+    """One judged row; medians over rounds, and the smallest and largest figure of a round.
+
+    A row that could not be measured has no figures, and a note that says why.
+    """
 
     name: str
     what: str
     label: str
-    unit: str
-    ours: float
-    reference: float
-    ratio: float
     kind: Kind
-    figure: float
-    low: float
-    high: float
     bar: float | None
-    ok: bool | None
-    rounds: int
+    unit: str = ""
+    ours: float | None = None
+    reference: float | None = None
+    ratio: float | None = None
+    figure: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ok: bool | None = None
+    rounds: int = 0
+    note: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-Run = Callable[[Setup], Mapping[str, Measured]]
 BENCHES: dict[str, Bench] = {}
 
 
@@ -159,22 +165,25 @@ def interleave(
     try:
         for turn in range(rounds):
             for name in list(contenders)[:: -1 if turn % 2 else 1]:
-                times[name].append(_cpu_time(contenders[name], loops) * SECONDS[unit])
+                times[name].append(cpu_time(contenders[name], loops) * SECONDS[unit])
     finally:
         gc.unfreeze()
     return times
 
 
-def _cpu_time(call: Callable[[], object], loops: int) -> float:
+def cpu_time(call: Callable[[], object], loops: int = 1) -> float:
+    """Return the CPU seconds of one call."""
     start = time.process_time()
     for _ in range(loops):
         call()
     return (time.process_time() - start) / loops
 
 
-def judge(bench: Bench, label: str, measured: Measured) -> Result:
+def judge(bench: Bench, label: str, measured: Measured | str) -> Result:
     """Put the figure of one row against its bar: the median of the figures of single rounds."""
     bar = bench.bars[label]
+    if isinstance(measured, str):
+        return Result(bench.name, bench.what, label, bar.kind, bar.limit, note=measured)
     figures = [bar.figure(a, b) for a, b in zip(measured.ours, measured.reference, strict=True)]
     ours, reference = median(measured.ours), median(measured.reference)
     figure = median(figures)
@@ -205,7 +214,7 @@ def run(bench: Bench, setup: Setup) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     """Write results as a table, a heading for each bench."""
-    head = f"{'':36}{'ours':>12}{'reference':>12}  {'figure (lowest to highest round)':38}{'bar':>9}"
+    head = f"{'':40}{'ours':>12}{'reference':>12}  {'figure (lowest to highest round)':38}{'bar':>9}"
     lines, last = [head], None
     for row in results:
         if row.name != last:
@@ -217,9 +226,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _line(row: Result) -> str:
+    if row.note:
+        return f"  {row.label:38}{row.note}"
     bar = Bar(row.kind, row.bar)
     figure, low, high = (bar.written(value, row.unit) for value in (row.figure, row.low, row.high))
     verdict = {True: "ok", False: "MISSED", None: ""}[row.ok]
     values = "".join(f"{f'{value:.4g} {row.unit}':>12}" for value in (row.ours, row.reference))
     spread = f"{figure} ({low} to {high})" if row.rounds > 1 else figure
-    return f"  {row.label:34}{values}  {spread:38}{bar!s:>9}  {verdict}".rstrip()
+    return f"  {row.label:38}{values}  {spread:38}{bar!s:>9}  {verdict}".rstrip()

@@ -45,7 +45,7 @@ with torch.no_grad(), ExitStack() as stack:
     for batch in batches:
         demo.model(**batch.inputs)
 
-scored = [module.hooking_context.scores() for module in hooked]
+scored = [module.scores() for module in hooked]
 tables = dict(zip(choices, scored, strict=True))
 for name, table in tables.items():
     print(f"{name:26} {table.blocks[0].n:5} rows,", f"cka of layers 10 and 15: {table.matrix()[10, 15]:.2f}")

@@ -88,7 +88,7 @@ with torch.no_grad(), LayerScoring(r"model\.(embed_tokens|layers\.\d+)$", names)
     for batch in hf.batches(texts, demo.tokenizer, sort_by_length=True):
         hooked(batch.inputs)
 
-table = hooked.hooking_context.scores()
+table = hooked.scores()
 dimension = table.matrix("twonn")
 layers = table.block("twonn").layers_a
 n = table.block("twonn").n

@@ -140,6 +140,8 @@ class HookingContext:
         finally:
             self._handle = None
             self._hooked = None
+            # Their closures know this context, and would keep it alive.
+            self._added = MultiHookHandle()
             self.gate.close()
             # Contexts entered before this one must know of the error, or their own checks would hide it.
             self._stack.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)

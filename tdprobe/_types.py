@@ -41,11 +41,12 @@ class UnraveledKey(metaclass=_UnraveledKeyMeta):
 
 def named_forward(model: nn.Module) -> nn.Module:
     """Return the model whose forward names its arguments: inside ``DataParallel`` and its like, which hand all on."""
-    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
     inner = model._modules.get("module")
-    if inner is None or not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+    if inner is None:
         return model
-    return named_forward(inner)
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    hands_on = kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    return named_forward(inner) if hands_on else model
 
 
 __all__ = ["Bool", "Float", "Int", "UnraveledKey", "named_forward"]

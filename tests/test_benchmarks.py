@@ -5,14 +5,29 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import tdprobe
+import tdprobe.latent
+
 ROOT = Path(__file__).parents[1]
-NAMES = ["caching", "cka", "early_stop", "import", "neighbor_pairs", "neighbors", "scoring", "toy_llama"]
+NAMES = [
+    "caching",
+    "cka",
+    "early_stop",
+    "import",
+    "neighbor_pairs",
+    "neighbors",
+    "scoring",
+    "streaming",
+    "tdhook",
+    "toy_llama",
+]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +125,10 @@ def test_list_names_every_bench(load, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_bench_runs_on_toys(name, harness, load):
+def test_every_bench_runs_on_toys(name, harness, load, monkeypatch):
+    # The peer need not be there: our own classes have its names.
+    monkeypatch.setitem(sys.modules, "tdhook", tdprobe)
+    monkeypatch.setitem(sys.modules, "tdhook.latent", tdprobe.latent)
     load(f"benchmarks.bench_{name}")
     bench = harness.BENCHES[name]
     results = harness.run(bench, harness.Setup(rounds=1, tiny=True))
@@ -119,6 +137,20 @@ def test_every_bench_runs_on_toys(name, harness, load):
         assert math.isfinite(result.figure)
         assert result.ratio > 0
         assert result.ok is None
+    json.dumps([result.as_json() for result in results], allow_nan=False)
+
+
+def test_rows_of_a_peer_that_is_not_installed_say_so(harness, load, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tdhook", None)
+    monkeypatch.delitem(sys.modules, "tdhook.latent", raising=False)
+    bench = (load("benchmarks.bench_tdhook"), harness.BENCHES["tdhook"])[1]
+    results = harness.run(bench, harness.Setup(rounds=1))
+    assert [(result.label, result.note, result.ok) for result in results] == [
+        (label, "peer not installed", None) for label in bench.bars
+    ]
+    printed = harness.table(results)
+    assert printed.count("peer not installed") == len(bench.bars)
+    assert "0 of 0 bars reached" in printed
     json.dumps([result.as_json() for result in results], allow_nan=False)
 
 

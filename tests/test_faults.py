@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
 from tdprobe.contexts import HookingContextFactory
@@ -165,6 +168,22 @@ def test_factories_copy_and_pickle(case: Case, unharmed: nn.Module) -> None:
         with torch.no_grad(), context as hooked:
             case.run(hooked)
         assert case.left(context) > 0
+
+
+def test_what_is_dropped_is_freed_at_once(case: Case, tiny_llama: nn.Module) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        context = case.make("").prepare(tiny_llama)
+        with torch.no_grad(), context as hooked:
+            hooked.get(TensorDict(), LAYER)
+            hooked.stop("lm_head")
+            case.run(hooked)
+        gone = [weakref.ref(dropped) for dropped in (context, hooked)]
+        del context, hooked
+        assert [dropped() for dropped in gone] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_autocast(case: Case, unharmed: nn.Module) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdprobe.compare.checkpoints import evaluating
+from tdprobe.errors import ConfigError
 from tdprobe.hooks import Hook, MultiHookHandle, first_tensor, match_modules, named_submodules
+from tdprobe.modules import is_hugging_face
 
 _NUMBER = re.compile(r"\d+")
 
@@ -35,20 +38,26 @@ class LayerInfo:
     count: int
 
 
-def list_layers(model: nn.Module, run: Callable[[int, int], Any], *, collapse: bool = True) -> list[LayerInfo]:
+def list_layers(
+    model: nn.Module, run: Callable[[int, int], Any] | None = None, *, collapse: bool = True
+) -> list[LayerInfo]:
     r"""List the modules of a model that can be hooked.
 
     Args:
         model: The model; it runs in eval mode and without gradients.
         run: Called twice with (batch, tokens); runs the model on an input of that size. Axes that follow the
-            sizes are shown by name.
+            sizes are shown by name. Models of transformers that take token ids need none.
         collapse: Put modules that differ in numbers only into one row.
+
+    Raises:
+        ConfigError: There is no ``run``, and the model does not run on token ids.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         >>> list_layers(model, lambda b, t: model(torch.ones(b, t, 4)))
         [LayerInfo(name='{0..1}', pattern='\\d+$', module='Linear', shape='(b, t, 4)', count=2)]
     """
+    run = partial(_run_on_token_ids, model) if run is None else run
     # A module with several names is hooked once, under the first.
     modules = match_modules(model, "", required=False)
     with evaluating(model), torch.no_grad():
@@ -63,6 +72,21 @@ def list_layers(model: nn.Module, run: Callable[[int, int], Any], *, collapse: b
         LayerInfo(_shown(names), _pattern(names, every), kind, shape, len(names))
         for (_, kind, shape), names in groups.items()
     ]
+
+
+def _run_on_token_ids(model: nn.Module, batch: int, tokens: int) -> None:
+    name, takes = type(model).__name__, getattr(model, "main_input_name", None)
+    how = "list_layers(model, run) takes a run(b, t) that calls the model on an input of that size"
+    if not is_hugging_face(model):
+        raise ConfigError(f"{name} is no model of transformers, so what it takes cannot be told; {how}")
+    device = next((parameter.device for parameter in model.parameters()), None)
+    ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
+    is_double = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    try:
+        model(input_ids=ids, **({"decoder_input_ids": ids} if is_double else {}))
+    except Exception as error:
+        said = str(error).partition("\n")[0]
+        raise ConfigError(f"{name}, whose main input is {takes!r}, did not run on token ids: {said}; {how}") from error
 
 
 def _shapes(modules: dict[str, nn.Module], run: Callable[[], Any]) -> dict[str, tuple[int, ...]]:

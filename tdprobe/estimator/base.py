@@ -91,13 +91,13 @@ class Estimator(TensorDictModuleBase, ABC):
         return self.statistic().update(state, self.inputs(batch), batch.ids)
 
     @final
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Score the tensors under ``in_keys`` and write the results, float32, under ``out_keys``.
 
         Every leading dimension is an independent data set. Results carry no gradient.
 
         Args:
-            tensordict: Holds ``(*lead, n, d)`` under every in key; integers count as float32.
+            td: Holds ``(*lead, n, d)`` under every in key; integers count as float32.
 
         Returns:
             The same tensordict.
@@ -107,18 +107,18 @@ class Estimator(TensorDictModuleBase, ABC):
             KeyError: An in key is missing.
             ValueError: Shapes or devices that do not go together.
         """
-        if not is_tensor_collection(tensordict):
+        if not is_tensor_collection(td):
             raise TypeError(
-                f"{type(self).__name__} got {type(tensordict).__name__}; it takes a TensorDict that holds "
+                f"{type(self).__name__} got {type(td).__name__}; it takes a TensorDict that holds "
                 f"{self.in_keys}: TensorDict({{{self.in_keys[0]!r}: x, ...}})"
             )
-        batch = self._read(tensordict)
+        batch = self._read(td)
         rows, statistic = self.inputs(batch), self._one_shot(batch)
         scores = self.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))
         warn_not_finite(not_finite(scores, list(batch.rows)))
         for key, value in zip(self.out_keys_source, self._outputs(scores), strict=True):
-            tensordict.set(key, value.float())
-        return tensordict
+            td.set(key, value.float())
+        return td
 
     def _read(self, tensordict: TensorDictBase) -> Batch:
         rows: dict[str, Tensor] = {}

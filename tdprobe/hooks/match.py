@@ -17,14 +17,14 @@ def runs(module: nn.Module) -> bool:
 
 def walk(root: nn.Module) -> list[tuple[str, nn.Module]]:
     """List what ``root.named_modules(remove_duplicate=False)`` yields; every enter pays for it, hence no generators."""
-    found: list[tuple[str, nn.Module]] = []
+    found: list[tuple[str, nn.Module]] = [("", root)]
 
-    def visit(name: str, module: nn.Module) -> None:
-        found.append((name, module))
-        lead = f"{name}." if name else ""
+    def visit(lead: str, module: nn.Module) -> None:
         for part, child in module._modules.items():
             if child is not None:
-                visit(lead + part, child)
+                found.append((lead + part, child))
+                if child._modules:
+                    visit(f"{lead}{part}.", child)
 
     visit("", root)
     return found

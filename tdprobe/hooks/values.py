@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -112,12 +113,16 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
         return tensor.clone()
     if tensor.is_inference():
-        # Tensors made under inference_mode can never be saved for backward; what is kept must be able to.
-        with torch.inference_mode(False):
-            return tensor.clone()
+        return _ordinary_clone(tensor)
     try:
         return torch._lazy_clone(tensor)
     except RuntimeError:
+        return tensor.clone()
+
+
+def _ordinary_clone(tensor: Tensor) -> Tensor:
+    # Tensors made under inference_mode can never be saved for backward; what is kept must be able to.
+    with torch.inference_mode(False) if tensor.is_inference() else nullcontext():
         return tensor.clone()
 
 
@@ -126,7 +131,7 @@ def compact(tensor: Tensor) -> Tensor:
     if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
         return tensor
     used = tensor.numel() * tensor.element_size()
-    return tensor.clone() if 2 * used < tensor.untyped_storage().nbytes() else tensor
+    return _ordinary_clone(tensor) if 2 * used < tensor.untyped_storage().nbytes() else tensor
 
 
 def keep(tensor: Any) -> Any:

@@ -73,7 +73,9 @@ class AdditionModule(HookedModule):
         for site in self.hooking_context.sites:
             if site.name not in positive or site.name not in negative:
                 raise StateError(f"{site.name!r} did not run on both sides, so there is no difference")
-            vector = factory.vector(site.name, positive[site.name], negative[site.name], samples)
+            # What is kept is ordinary, and so are the vectors, which may be trained further.
+            with torch.inference_mode(False):
+                vector = factory.vector(site.name, positive[site.name], negative[site.name], samples)
             result.set((*as_path(factory.steer_key), site.name), vector)
         return result
 

@@ -155,14 +155,15 @@ class LayerStreaming(HookingContextFactory):
             raise StateError(f"{type(self).__name__} needs a StreamContext, got {type(context).__name__}")
         prefix = "" if self.relative else module.relative_path
         matched = match_modules(context.model, self.key_pattern, prefix=prefix, required=self.required)
+        begin, end = context.tracker.hooks
         items = context.item_hooks()
-        hooks = [*items[:1], context.tracker.hooks[0]]
+        hooks = [*items[:1], begin]
         for name, submodule in matched.items():
             site = Site(name)
             context.sites.append(site)
             hooks.append(Hook(submodule, "fwd", _streaming_hook(context, site)))
         # Items are forgotten only after the rows of the pass were handed on.
-        return MultiHookHandle([*hooks, context.tracker.hooks[1], *items[1:]])
+        return MultiHookHandle([*hooks, end, *items[1:]])
 
 
 def _as_target(key: str, value: Any, n: int) -> Tensor:

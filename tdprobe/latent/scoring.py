@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tdprobe.estimator import Estimator
+from tdprobe.latent.call_items import ItemModule
 from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.layer_stream import LayerStreaming, StreamContext
 from tdprobe.latent.score_blocks import score_blocks
@@ -71,6 +72,14 @@ class ScoringContext(StreamContext):
         return ScoreTable(blocks, meta | scorer.facts())
 
 
+class ScoredModule(ItemModule):
+    """A model whose layers are scored as it runs."""
+
+    def scores(self) -> ScoreTable:
+        """Score what has been seen so far, in the block or after it; see :meth:`ScoringContext.scores`."""
+        return self.hooking_context.scores()
+
+
 class LayerScoring(LayerStreaming):
     r"""Score the layers that a pattern matches, and every pair of them, in one pass and bounded memory.
 
@@ -117,7 +126,7 @@ class LayerScoring(LayerStreaming):
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
         >>> with LayerScoring(r"\d").prepare(model) as hooked:
         ...     out = hooked(torch.randn(64, 8))
-        >>> hooked.hooking_context.scores().matrix().shape
+        >>> hooked.scores().matrix().shape
         (3, 3)
 
     References:
@@ -125,6 +134,7 @@ class LayerScoring(LayerStreaming):
     """
 
     _hooking_context_class = ScoringContext
+    _hooked_module_class = ScoredModule
 
     def __init__(
         self,

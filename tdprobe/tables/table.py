@@ -211,7 +211,7 @@ class ScoreTable:
     ) -> Figure:
         """Draw heat maps of layer pairs, or curves over depth for a layer estimator (extra ``plot``).
 
-        ``options`` go to ``tdprobe.viz.plot_table``, such as ``ax=``.
+        ``options`` go to ``tdprobe.viz.plot_table``, such as ``ax=`` and ``title=``.
         """
         from tdprobe.viz import plot_table
 

@@ -111,6 +111,24 @@ def test_a_decoder_is_listed_in_a_dozen_rows_with_shapes(tiny_llama: nn.Module) 
     assert len(listed) < 20 < len(list_layers(tiny_llama, on_tokens(tiny_llama), collapse=False))
 
 
+def test_a_model_that_takes_token_ids_runs_by_itself(tiny_llama: nn.Module) -> None:
+    from transformers import T5Config, T5Model
+
+    assert list_layers(tiny_llama) == list_layers(tiny_llama, on_tokens(tiny_llama))
+    t5 = T5Model(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+    assert list_layers(t5) == list_layers(t5, on_tokens(t5, decoder="decoder_input_ids"))
+
+
+def test_a_model_that_does_not_run_on_token_ids_says_what_to_give() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    with pytest.raises(ValueError, match=r"Sequential is no model of transformers.*run\(b, t\)"):
+        list_layers(conv_net())
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 1}
+    with pytest.raises(ValueError, match=r"ViTModel, whose main input is 'pixel_values', did not run on token ids"):
+        list_layers(ViTModel(ViTConfig(**sizes, image_size=32)))
+
+
 def test_modules_that_differ_in_class_or_shape_are_apart() -> None:
     model = conv_net()
     listed = list_layers(model, lambda b, t: model(torch.ones(b, 1, 8, 8)))

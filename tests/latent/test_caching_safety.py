@@ -184,7 +184,7 @@ def test_a_cached_slice_does_not_pin_the_whole(mode: Any) -> None:
     with mode(), factory.prepare(nn.Sequential(nn.Tanh())) as hooked:
         hooked(torch.arange(2000.0).view(2, 500, 2))
     value = hooked.hooking_context.cache["0"]
-    assert value.untyped_storage().nbytes() == 2 * 2 * 4
+    assert value.untyped_storage().nbytes() == 2 * 2 * 4 and not value.is_inference()
     assert torch.equal(value, torch.tensor([[998.0, 999.0], [1998.0, 1999.0]]).tanh())
 
 

@@ -207,7 +207,8 @@ class TestHelpers:
 def test_declared_invariances_hold_and_others_do_not(seed, power):
     g = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, 80, 4, dtype=torch.float64, generator=g)
-    b[:, :2] += 2 * a[:, :2]
+    # b is mostly two columns of a; stretching another one hides them, and a then knows next to nothing of b.
+    b = 0.3 * b + a * torch.tensor([1, 1, 0, 0])
     turn = torch.linalg.qr(torch.randn(4, 4, generator=g, dtype=torch.float64)).Q
     declared = {
         "permutation": a[:, torch.randperm(4, generator=g)],
@@ -219,6 +220,6 @@ def test_declared_invariances_hold_and_others_do_not(seed, power):
     assert set(declared) == spec.invariant_to and not spec.symmetric
     plain = both_ways(a, b)
     assert all(both_ways(changed, b) == plain for changed in declared.values())
-    stretched = both_ways(a * torch.tensor([1, 1, 30.0, 1]), b)
-    assert abs(stretched[0] - plain[0]) > 0.05 and plain[0] != plain[1]
+    stretched = both_ways(a * torch.tensor([1, 1, 1000.0, 1]), b)
+    assert stretched[0] - plain[0] > 0.2 and plain[0] != plain[1]
     assert all(spec.bounds[0] < float(x) < spec.bounds[1] for x in plain)

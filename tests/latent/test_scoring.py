@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdprobe.contexts import CompositeHookingContextFactory
 from tdprobe.errors import ConfigError, StateError
 from tdprobe.latent import ActivationCaching, CkaEstimator, LayerScoring
 
@@ -196,6 +197,17 @@ def test_single_texts_with_one_row_each_gather_into_updates(tiny_llama: nn.Modul
     values = cached(tiny_llama, [{"input_ids": ids} for ids in texts])
     rows = {name: np.concatenate([v[name][:, -1].numpy() for v in values]) for name in values[0]}
     np.testing.assert_allclose(table.matrix(), minibatch_cka(rows, [12, 9]), atol=1e-4)
+
+
+def test_the_hooked_module_gives_the_scores_in_the_block_and_after_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    composite = CompositeHookingContextFactory(ActivationCaching("0"), LayerScoring(r"\d"))
+    for factory in (LayerScoring(r"\d"), composite):
+        with factory.prepare(model) as hooked:
+            hooked(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+            inside = hooked.scores()
+        np.testing.assert_array_equal(hooked.scores().matrix(), inside.matrix())
+        np.testing.assert_array_equal(hooked.hooking_context.scores().matrix(), inside.matrix())
 
 
 def test_scores_in_between_do_not_disturb_the_stream() -> None:

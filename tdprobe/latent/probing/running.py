@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from tdprobe._tracker import CallTracker
 from tdprobe.contexts import Site
 from tdprobe.errors import StateError
-from tdprobe.hooks import Hook, first_tensor, get_direction
+from tdprobe.hooks import Hook, first_tensor, get_direction, keep
 from tdprobe.hooks.gate import in_backward
 from tdprobe.latent.call_items import ItemContext
 from tdprobe.latent.items import select_items
 from tdprobe.modules import HookedModule
 from tdprobe.stream.call import Call
 from tdprobe.stream.rows import token_rows
+from tdprobe.stream.tokens import Selection
 
 
 class ProbingContext(ItemContext):
@@ -58,7 +60,7 @@ class ProbingContext(ItemContext):
         if not isinstance(value, Tensor):
             raise StateError(f"tokens are selected from a tensor, and {site.name!r} gave a {type(data).__name__}")
         selection = clause.select(call)
-        return (token_rows(site.name, value, selection), select_items(items, selection)) if selection.n else None
+        return (_own_rows(site, value, selection), select_items(items, selection)) if selection.n else None
 
     def _begin(self, call: Call) -> None:
         self.expect_items()
@@ -99,6 +101,14 @@ def _backward_hook(context: ProbingContext, site: Site, step: Callable[..., Any]
             context.fired(site)
 
     return hook
+
+
+def _own_rows(site: Site, value: Tensor, selection: Selection) -> Tensor:
+    """Select rows as tensors that a probe may keep: ordinary ones, and immune to what the model writes later."""
+    with torch.inference_mode(False) if value.is_inference() else nullcontext():
+        rows = token_rows(site.name, value, selection)
+    # Where every token counts, rows are the model's own memory.
+    return keep(rows) if rows.untyped_storage()._cdata == value.untyped_storage()._cdata else rows
 
 
 def _untraced(step: Callable[..., Any]) -> Callable[..., Any]:
