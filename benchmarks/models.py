@@ -51,3 +51,9 @@ def text_batches(model: Any, setup: Setup, count: int) -> list[dict[str, Tensor]
     texts = [text for text in hf.read_texts("demo") if len(text) < 100]
     found = hf.batches(texts, _demo().tokenizer, batch_size=BATCH, max_length=TOKENS)
     return [dict(batch.inputs) for batch in islice(found, count)]
+
+
+def smollm2_texts(count: int) -> list[dict[str, Tensor]]:
+    """Return batches of the shipped corpus, whole texts, padded."""
+    found = hf.batches(hf.read_texts("demo"), _demo().tokenizer, batch_size=BATCH, max_length=4 * TOKENS)
+    return [dict(batch.inputs) for batch in islice(found, count)]

@@ -94,8 +94,47 @@ def texts(n):
     return (torch.arange(n) // 10).double().unsqueeze(1)
 
 
+def correlations(x, y):
+    frames = [torch.linalg.qr(centred(z)).Q for z in (x, y)]
+    return torch.linalg.svd(frames[0].T @ frames[1], full_matrices=False)
+
+
+def components(x, share=0.99):
+    u, s, _ = torch.linalg.svd(centred(x), full_matrices=False)
+    count = 1 + int((s.square().cumsum(0) < share * s.square().sum()).sum())
+    return u[:, :count] * s[:count]
+
+
+def projection_weighted(x, y):
+    u, rho, _ = correlations(x, y)
+    weights = ((torch.linalg.qr(centred(x)).Q @ u).T @ centred(x)).abs().sum(1)
+    return (weights * rho).sum() / weights.sum()
+
+
+def procrustes_angle(x, y):
+    x, y = (centred(z) / centred(z).norm() for z in (x, y))
+    return torch.linalg.matrix_norm(x.T @ y, "nuc").arccos()
+
+
+def r_squared(x, y):
+    x, y = centred(x), centred(y)
+    return 1 - (y - x @ torch.linalg.lstsq(x, y).solution).square().sum() / y.square().sum()
+
+
+def gulp_distance(x, y, ridge=1e-2):
+    x, y = (centred(z) / centred(z).norm() for z in (x, y))
+    hats = [z @ torch.linalg.inv(z.T @ z + ridge * torch.eye(z.shape[1])) @ z.T for z in (x, y)]
+    return (hats[0] - hats[1]).norm()
+
+
 ROWS: dict[str, Row] = {
     "cka": Row(linear_cka, least=1),
+    "procrustes": Row(procrustes_angle, least=2),
+    "cca": Row(lambda x, y: correlations(x, y)[1].mean(), least=2),
+    "svcca": Row(lambda x, y: correlations(components(x), components(y))[1].mean(), least=2),
+    "pwcca": Row(projection_weighted, least=2),
+    "linear_regression": Row(r_squared, least=2),
+    "gulp": Row(gulp_distance, least=2),
     "information_imbalance": Row(information_imbalance, least=2),
     "twonn": Row(two_nn, least=3),
     "local_knn": Row(None, least=5),

@@ -16,18 +16,8 @@ import tdprobe
 import tdprobe.latent
 
 ROOT = Path(__file__).parents[1]
-NAMES = [
-    "caching",
-    "cka",
-    "early_stop",
-    "import",
-    "neighbor_pairs",
-    "neighbors",
-    "scoring",
-    "streaming",
-    "tdhook",
-    "toy_llama",
-]
+# A bench is one file, which says its name by its own.
+NAMES = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py"))
 
 
 @pytest.fixture(scope="module")

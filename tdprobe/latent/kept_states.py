@@ -34,6 +34,14 @@ class Source:
     statistic: Statistic
     target_keys: tuple[Any, ...] = ()
 
+    def most_layers(self, widths: Sequence[int], budget: float) -> int:
+        """Return how many layers of the larger widths a state may have within ``budget`` bytes, 2 at least.
+
+        Each width may come twice: as it is, and shuffled.
+        """
+        wide = sorted([*widths, *widths], reverse=True)
+        return next((m for m in range(len(wide), 2, -1) if self.statistic.nbytes(wide[:m]) <= budget), 2)
+
 
 @dataclass(frozen=True)
 class GroupedState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -31,7 +32,11 @@ class Null:
 
 
 def permutation_null(
-    bank: ReservoirState, count: int, score: Callable[[Batch], Mapping[str, Tensor]], seed: int = 0
+    bank: ReservoirState,
+    count: int,
+    score: Callable[[Batch], Mapping[str, Tensor]],
+    chunk: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Float[Tensor, "r l l"]]:
     """Score every layer against the shuffled rows of every layer.
 
@@ -40,7 +45,8 @@ def permutation_null(
     Args:
         bank: The rows.
         count: How many permutations.
-        score: Scores a batch; called with the layers followed by the same layers shuffled.
+        score: Scores a batch; called with layers followed by shuffled layers.
+        chunk: Most layers of either kind in a call; all by default.
         seed: Of the permutations.
 
     Returns:
@@ -50,13 +56,20 @@ def permutation_null(
         Good 2005, Permutation, parametric and bootstrap tests of hypotheses.
     """
     rows, generator = layer_list(bank.rows), torch.Generator().manual_seed(seed)
-    layers, drawn = len(rows), []
+    places = torch.arange(len(rows)).split(chunk or len(rows))
+    drawn: dict[str, list[Tensor]] = {}
     for _ in range(count):
         order = torch.randperm(len(bank.ids), generator=generator)
-        shuffled = [x.index_select(0, order.to(x.device)) for x in rows]
-        named = {str(place): x for place, x in enumerate([*rows, *shuffled])}
-        drawn.append(score(Batch(named, bank.ids)))
-    return {label: torch.stack([found[label][:layers, layers:] for found in drawn]) for label in drawn[0]}
+        found: dict[str, Tensor] = {}
+        for plain, shuffled in product(places, places):
+            layers = [rows[i] for i in plain] + [rows[i].index_select(0, order.to(rows[i].device)) for i in shuffled]
+            scores = score(Batch({str(place): x for place, x in enumerate(layers)}, bank.ids))
+            for label, values in scores.items():
+                whole = found.setdefault(label, values.new_empty(len(rows), len(rows)))
+                whole[plain.unsqueeze(1), shuffled] = values[: len(plain), len(plain) :]
+        for label, values in found.items():
+            drawn.setdefault(label, []).append(values)
+    return {label: torch.stack(values) for label, values in drawn.items()}
 
 
 def compare_with_null(scores: Float[Tensor, "l l"], null: Float[Tensor, "r l l"], spec: Spec) -> Null:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tensordict import TensorDict
@@ -16,7 +17,7 @@ from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, sourc
 from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
 from tdprobe.latent.score_blocks import Scored
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
-from tdprobe.stats.state import State
+from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
 from tdprobe.stream.outliers import MIN_ROWS, check_max_norm, without_outliers
@@ -61,6 +62,7 @@ class Scorer:
         groups: Groups of rows for standard errors; 0 for none.
         null: Permutations for null scores of pairs; 0 for none.
         memory_budget: Bytes that the state of a statistic may take.
+        routes: What each estimator reads; by default what it asks for, or cheaper where memory is short.
         n: Rows seen so far, with those that are left out.
     """
 
@@ -70,6 +72,7 @@ class Scorer:
     groups: int = DEFAULT_GROUPS
     null: int = 0
     memory_budget: float = DEFAULT_MEMORY
+    routes: Mapping[str, Source] | None = None
     layers: tuple[str, ...] = ()
     n: int = 0
     _dropped: int = 0
@@ -105,11 +108,14 @@ class Scorer:
             self._dropped += portion.n - (kept.n if kept is not None else 0)
 
     def _begin(self, batch: Batch) -> None:
-        sources = {label: source_of(item, batch, self.memory_budget) for label, item in self.estimators.items()}
+        sources = dict(self.routes) if self.routes is not None else self._chosen(batch)
         widths = [x.shape[-1] for x in batch.rows.values()]
         wanted = [*sources.values(), *([NULL_SOURCE] if self.null else [])]
         self._states = {source: empty_groups(source, widths, self.groups) for source in dict.fromkeys(wanted)}
         self._sources = sources
+
+    def _chosen(self, batch: Batch) -> dict[str, Source]:
+        return {label: source_of(item, batch, self.memory_budget) for label, item in self.estimators.items()}
 
     @property
     def n_dropped(self) -> int:
@@ -156,20 +162,27 @@ class Scorer:
         }
 
     def _nulls(self, totals: Mapping[Source, Any], found: Mapping[str, TensorDict]) -> dict[str, Null]:
-        pairs = {label: item for label, item in self.estimators.items() if item.spec.kind == "pair"}
-        if not self.null or not pairs:
+        if not self.null:
             return {}
         bank: ReservoirState = totals[NULL_SOURCE]
+        nulls = {}
+        for source in dict.fromkeys(self._sources.values()):
+            own = {label: self.estimators[label] for label, read in self._sources.items() if read == source}
+            pairs = {label: item for label, item in own.items() if item.spec.kind == "pair"}
+            if not pairs:
+                continue
+            chunk = source.most_layers([x.shape[-1] for x in layer_list(bank.rows)], self.memory_budget) // 2
+            drawn = permutation_null(bank, self.null, partial(self._scored_alike, pairs, source), max(1, chunk))
+            for label, item in pairs.items():
+                nulls[label] = compare_with_null(found[label]["score"], drawn[label], item.spec)
+        return nulls
 
-        def score(batch: Batch) -> dict[str, Tensor]:
-            scorer = Scorer(pairs, min(self.portion, max(batch.n, MIN_ROWS)), None, 0, 0, self.memory_budget)
-            scorer.push(batch)
-            return scorer.scores()
-
-        drawn = permutation_null(bank, self.null, score)
-        return {
-            label: compare_with_null(found[label]["score"], drawn[label], item.spec) for label, item in pairs.items()
-        }
+    def _scored_alike(self, estimators: Mapping[str, Estimator], source: Source, batch: Batch) -> dict[str, Tensor]:
+        """Score other rows by the same route."""
+        portion = min(self.portion, max(batch.n, MIN_ROWS))
+        scorer = Scorer(estimators, portion, None, 0, 0, routes=dict.fromkeys(estimators, source))
+        scorer.push(batch)
+        return scorer.scores()
 
     def _repeats(self, found: Iterable[TensorDict]) -> dict[str, int]:
         counts = (scores.get("duplicates", None) for scores in found)

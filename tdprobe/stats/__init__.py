@@ -1,6 +1,7 @@
 """Bounded, mergeable summaries of a stream of rows: what it leaves behind, and what estimators read."""
 
-from tdprobe.stats.cross import Cross, CrossState
+from tdprobe.stats.cross import Cross
+from tdprobe.stats.cross_state import CrossState
 from tdprobe.stats.gram import Gram, GramState, gram_products
 from tdprobe.stats.group_moments import GroupMoments, GroupMomentsState
 from tdprobe.stats.jackknife import jackknife_se, mean_se

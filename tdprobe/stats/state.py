@@ -142,18 +142,21 @@ def working_dtype(rows: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (x.dtype for x in rows), torch.float32)
 
 
-def centre(x: Tensor, dtype: torch.dtype) -> tuple[Float[Tensor, "*lead n d"], Float[Tensor, "*lead d"]]:
+def centre(
+    x: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> tuple[Float[Tensor, "*lead n d"], Float[Tensor, "*lead d"]]:
     """Subtract the column means in two steps, so that an offset of 1000 deviations costs no digits.
 
     Args:
         x: Rows ``(*lead, n, d)``, n >= 1, any real dtype.
         dtype: Dtype to compute in.
+        out: Where to put the centred rows, ``(*lead, n, d)`` in ``dtype``.
 
     Returns:
         Centred rows in ``dtype`` (a copy) and the means in float64.
     """
     coarse = x.mean(-2, dtype=dtype)
-    y = x - coarse.unsqueeze(-2)
+    y = torch.sub(x, coarse.unsqueeze(-2), out=out)
     # The first mean is only as exact as the offset allows; what is left is small, hence exact.
     rest = y.mean(-2)
     y -= rest.unsqueeze(-2)

@@ -312,3 +312,13 @@ class TestSupervised:
         with LayerScoring("0", [Correlation()], required=False).prepare(nn.Sequential(nn.Linear(3, 3))) as hooked:
             with pytest.raises(ConfigError, match="'attributes' has shape"):
                 hooked(torch.randn(4, 3), attributes=value)
+
+
+def test_a_null_takes_the_route_of_the_score_in_parts_where_memory_is_short():
+    rows = {name: normal(80, 6, seed=seed) for seed, name in enumerate("abcde")}
+    estimator = CkaEstimator()
+    enough = push(scorer(estimator, null=3, portion=80), rows, size=80).scored()["cka"]
+    short = push(scorer(estimator, null=3, portion=80, memory_budget=6.0e3), rows, size=80).scored()["cka"]
+    assert short.route == enough.route == "cross-covariances"
+    torch.testing.assert_close(short.null.mean, enough.null.mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(short.null.p, enough.null.p)

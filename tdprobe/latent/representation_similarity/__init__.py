@@ -1,6 +1,22 @@
 """How similar two representations of the same samples are."""
 
+from tdprobe.latent.representation_similarity.cca import CcaEstimator
 from tdprobe.latent.representation_similarity.cka import CkaEstimator, cka_matrix
+from tdprobe.latent.representation_similarity.gulp import GulpEstimator
 from tdprobe.latent.representation_similarity.information_imbalance import InformationImbalanceEstimator
+from tdprobe.latent.representation_similarity.linear_regression import LinearRegressionEstimator
+from tdprobe.latent.representation_similarity.procrustes import ProcrustesEstimator
+from tdprobe.latent.representation_similarity.pwcca import PwccaEstimator
+from tdprobe.latent.representation_similarity.svcca import SvccaEstimator
 
-__all__ = ["CkaEstimator", "InformationImbalanceEstimator", "cka_matrix"]
+__all__ = [
+    "CcaEstimator",
+    "CkaEstimator",
+    "GulpEstimator",
+    "InformationImbalanceEstimator",
+    "LinearRegressionEstimator",
+    "ProcrustesEstimator",
+    "PwccaEstimator",
+    "SvccaEstimator",
+    "cka_matrix",
+]

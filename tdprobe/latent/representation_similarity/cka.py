@@ -13,7 +13,8 @@ from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
 from tdprobe.registry import Spec, register
-from tdprobe.stats.cross import Cross, CrossState
+from tdprobe.stats.cross import Cross
+from tdprobe.stats.cross_state import CrossState
 from tdprobe.stats.gram import Gram, GramState
 from tdprobe.stats.state import Statistic
 from tdprobe.stream.batch import Batch
