@@ -142,8 +142,8 @@ def streaming(estimator: Any, mode: Mode = "robust") -> Any:
         mode: ``"robust"`` or ``"strict"``.
 
     Example:
-        >>> streaming("cka").unbiased
-        True
+        >>> streaming("cka").mode, streaming("cka", "strict").minibatch
+        ('robust', True)
     """
     cls: Any = get(estimator) if isinstance(estimator, str) else estimator
     if not isinstance(cls, type):
@@ -156,11 +156,12 @@ def streaming(estimator: Any, mode: Mode = "robust") -> Any:
 
 @cache
 def _load() -> None:
-    """Import every family of estimators, then what other packages declare."""
+    """Import every file of every family of estimators, then what other packages declare."""
     latent = importlib.import_module("tdprobe.latent")
     for family in pkgutil.iter_modules(latent.__path__, "tdprobe.latent."):
         if family.ispkg:
-            importlib.import_module(family.name)
+            for module in pkgutil.iter_modules(importlib.import_module(family.name).__path__, f"{family.name}."):
+                importlib.import_module(module.name)
     for entry in entry_points(group=GROUP):
         try:
             entry.load()

@@ -50,6 +50,17 @@ def information_imbalance(x, y):
     return imbalance(x, y)
 
 
+def plain(name, *options):
+    """Return a definition that is written down in whole matrices."""
+
+    def value(x, y):
+        import kernel_tools
+
+        return float(getattr(kernel_tools, name)(x, y, *options))
+
+    return value
+
+
 def two_nn(x):
     from neighbor_tools import neighbour_distances
 
@@ -136,6 +147,9 @@ ROWS: dict[str, Row] = {
     "linear_regression": Row(r_squared, least=2),
     "gulp": Row(gulp_distance, least=2),
     "information_imbalance": Row(information_imbalance, least=2),
+    "rsa": Row(plain("rsa", "correlation", "spearman"), least=3),
+    "distance_correlation": Row(plain("distance_correlation", True), least=4),
+    "cknna": Row(plain("cknna", 10), least=11),
     "twonn": Row(two_nn, least=3),
     "local_knn": Row(None, least=5),
     "participation_ratio": Row(

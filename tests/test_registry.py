@@ -75,8 +75,8 @@ def test_a_broken_entry_point_is_named_and_the_others_stay(monkeypatch):
 
 def test_streaming_builds_names_and_classes_and_leaves_instances_alone(monkeypatch):
     robust = registry.streaming("cka")
-    assert (robust.unbiased, robust.minibatch) == (True, True)
-    assert registry.streaming(CkaEstimator).unbiased
+    assert (robust.mode, robust.unbiased, robust.minibatch) == ("robust", None, True)
+    assert registry.streaming(CkaEstimator, "strict").mode == "strict"
     own = CkaEstimator()
     assert registry.streaming(own) is own
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))

@@ -6,6 +6,7 @@ from tdprobe.stats.gram import Gram, GramState, gram_products
 from tdprobe.stats.group_moments import GroupMoments, GroupMomentsState
 from tdprobe.stats.jackknife import jackknife_se, mean_se
 from tdprobe.stats.joint_entropy import JointEntropy, JointEntropyTable
+from tdprobe.stats.kernels import Kernel, Kernels, KernelTable
 from tdprobe.stats.moments import Moments, MomentsState
 from tdprobe.stats.neighbors import Neighbors, NeighborTable
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
@@ -23,6 +24,9 @@ __all__ = [
     "GroupMomentsState",
     "JointEntropy",
     "JointEntropyTable",
+    "Kernel",
+    "KernelTable",
+    "Kernels",
     "Moments",
     "MomentsState",
     "NeighborTable",

@@ -83,7 +83,7 @@ def test_names_and_objects_get_labels_of_their_own() -> None:
     found = resolve_estimators([one, "cka", two])
     assert list(found) == ["cka-2", "cka", "cka-3"]
     assert found["cka-2"] is one and found["cka-3"] is two
-    assert found["cka"].minibatch and found["cka"].unbiased
+    assert found["cka"].minibatch and found["cka"].mode == "robust"
     assert list(resolve_estimators(["cka", "cka"])) == ["cka"]
     assert list(resolve_estimators(one)) == ["cka"] == list(resolve_estimators("cka"))
     assert resolve_estimators([CkaEstimator])["cka"].minibatch

@@ -12,12 +12,17 @@ from torch import Tensor
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
-from tdprobe.registry import Spec, register
+from tdprobe.registry import Mode, Spec, check_mode, register
 from tdprobe.stats.cross import Cross
 from tdprobe.stats.cross_state import CrossState
 from tdprobe.stats.gram import Gram, GramState
+from tdprobe.stats.kernels import Kernel, Kernels, KernelTable, as_kernels
+from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.state import Statistic
 from tdprobe.stream.batch import Batch
+
+KERNELS = ("linear", "rbf")
+BANK = 4096
 
 
 @register(
@@ -28,17 +33,21 @@ from tdprobe.stream.batch import Batch
         bounds=(0.0, 1.0),
         larger_means="more similar",
         invariant_to=frozenset({"permutation", "orthogonal", "isotropic scaling", "translation"}),
-        needs=("gram", "cross"),
-        cost="n^2 d per layer and n^2 per pair of each batch, or n d^2 per pair",
+        needs=("gram", "cross", "reservoir"),
+        cost="n^2 d per layer and n^2 per pair of each batch (or bank), or n d^2 per pair",
         reference="Kornblith et al. 2019, Similarity of neural network representations revisited",
-        streaming={"unbiased": True, "minibatch": True},
+        streaming={"minibatch": True},
     )
 )
 class CkaEstimator(PairEstimator):
-    """Measure how alike the linear kernels of two representations are.
+    """Measure how alike the kernels of two representations are.
 
-    ``|X'Y|_F^2 / (|X'X|_F |Y'Y|_F)`` with centred columns. Few samples of many columns look alike by
-    themselves; ``unbiased`` removes that, and may be negative.
+    ``HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))``; with the linear kernel that is
+    ``|X'Y|_F^2 / (|X'X|_F |Y'Y|_F)`` with centred columns. Few samples of many columns look alike by themselves;
+    ``unbiased`` removes that, and may be negative.
+
+    The rbf kernel is ``exp(-|x - y|^2 / (2 b^2))`` with ``b^2 = threshold^2 m``, where m is the median squared
+    distance of two rows that differ: of all pairs i < j up to 1,024 rows, else of 1,024 rows evenly spaced.
 
     A layer whose variance is at most ``eps`` of its mean square counts as constant and scores NaN, as does a
     layer with NaN. The threshold is relative: scaling a layer never changes its score.
@@ -47,21 +56,28 @@ class CkaEstimator(PairEstimator):
         in_key_a: Key of ``(*lead, n, d_a)``.
         in_key_b: Key of ``(*lead, n, d_b)``.
         out_key: Key to write, ``(*lead,)`` float32.
-        kernel: ``"linear"``.
+        kernel: ``"linear"`` or ``"rbf"``.
         eps: Variance relative to the mean square that still counts as none.
-        unbiased: Use HSIC_1 (n >= 4, value in [-1, 1]) instead of the plain product (in [0, 1]).
+        mode: ``"strict"``: the plain product, as published; ``"robust"``: the unbiased one.
+        unbiased: Use HSIC_1 (n >= 4, value in [-1, 1]) instead of the plain product (in [0, 1]); by default as
+            ``mode`` says.
         minibatch: Keep one number per pair of layers, by centring every batch by itself. It approaches the
-            full value as batches grow. A one-shot call is one batch, hence exact.
+            full value as batches grow. A one-shot call is one batch, hence exact. Linear kernel only.
+        threshold: Bandwidth of the rbf kernel, in units of the median distance.
+        bank_size: Keep that many rows of a stream and compare them all with one another, exactly; the score then
+            has a standard error. By default 4,096 for the rbf kernel, while the linear one keeps cross-covariances
+            of all rows. A one-shot call uses all rows.
 
     Raises:
         NotImplementedError: Any other kernel.
-        ConfigError: A bad key or a negative ``eps``.
+        ConfigError: A bad key, a negative ``eps``, a ``threshold`` that is not positive, an unknown mode, or
+            ``minibatch`` with the rbf kernel or a bank.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
         >>> td = TensorDict({"data_a": x, "data_b": 3 * x + 1})
-        >>> CkaEstimator()(td)["cka"]
-        tensor(1.)
+        >>> CkaEstimator()(td)["cka"], CkaEstimator(kernel="rbf")(td)["cka"]
+        (tensor(1.), tensor(1.))
 
     References:
         Kornblith et al. 2019, Similarity of neural network representations revisited.
@@ -77,41 +93,69 @@ class CkaEstimator(PairEstimator):
         kernel: str = "linear",
         eps: float = 1e-12,
         *,
-        unbiased: bool = False,
+        mode: Mode = "strict",
+        unbiased: bool | None = None,
         minibatch: bool = False,
+        threshold: float = 1.0,
+        bank_size: int | None = None,
     ) -> None:
         super().__init__([in_key_a, in_key_b], [out_key])
-        if kernel != "linear":
-            raise NotImplementedError(f"got kernel={kernel!r}; only kernel='linear' is implemented so far")
+        if kernel not in KERNELS:
+            raise NotImplementedError(f"got kernel={kernel!r}; implemented are {' and '.join(map(repr, KERNELS))}")
         if not eps >= 0:
             raise ConfigError(f"got eps={eps!r}; allowed are numbers from 0 on, relative to the mean square")
+        if not threshold > 0:
+            raise ConfigError(f"got threshold={threshold!r}; allowed are positive numbers, such as 0.5")
+        if minibatch and (kernel == "rbf" or bank_size is not None):
+            given = "kernel='rbf'" if kernel == "rbf" else f"bank_size={bank_size}"
+            raise ConfigError(f"got minibatch=True and {given}, which compares all rows of a bank; leave one out")
         self.in_key_a, self.in_key_b, self.out_key = in_key_a, in_key_b, out_key
         self.kernel, self.eps, self.unbiased, self.minibatch = kernel, eps, unbiased, minibatch
+        self.mode, self.threshold, self.bank_size = check_mode(mode), threshold, bank_size
+
+    @property
+    def _unbiased(self) -> bool:
+        return self.mode == "robust" if self.unbiased is None else self.unbiased
 
     def statistic(self) -> Statistic:
-        """Return `Gram` for minibatches, else `Cross`."""
-        return Gram(self.unbiased) if self.minibatch else Cross(self.unbiased)
+        """Return `Gram` for minibatches, `Reservoir` for a bank or the rbf kernel, else `Cross`."""
+        if self.kernel == "rbf" or self.bank_size is not None:
+            return Reservoir(BANK if self.bank_size is None else self.bank_size)
+        return Gram(self._unbiased) if self.minibatch else Cross(self._unbiased)
 
     def _one_shot(self, batch: Batch) -> Statistic:
+        if isinstance(self.statistic(), Reservoir):
+            return Reservoir(max(1, batch.n))
         # All rows in one Gram update are the exact value too, and cheaper where rows are fewer than columns.
         wide = batch.n < max(x.shape[-1] for x in batch.rows.values())
-        return Gram(self.unbiased) if self.minibatch or wide else Cross(self.unbiased)
+        return Gram(self._unbiased) if self.minibatch or wide else Cross(self._unbiased)
+
+    def derivation(self, state: Any) -> Kernels | None:
+        """Ask for sums of the kernel over the pairs of rows of a bank."""
+        return Kernels((self._kernel,)) if isinstance(state, ReservoirState) else None
+
+    @property
+    def _kernel(self) -> Kernel:
+        return Kernel("rbf", threshold=float(self.threshold)) if self.kernel == "rbf" else Kernel("gram")
 
     def score(self, state: Any) -> TensorDict:
         """Compute CKA of all layer pairs.
 
         Args:
-            state: `GramState` or `CrossState`.
+            state: `GramState`, `CrossState`, `ReservoirState` or `KernelTable`.
 
         Returns:
-            ``"score"``, ``(*lead, l, l)`` float64.
+            ``"score"``, ``(*lead, l, l)`` float64; of a bank also its standard error ``"se"`` and ``"finite"``.
 
         Raises:
             ConfigError: Fewer than 4 rows with ``unbiased=True``.
         """
-        if self.unbiased and int(state.n) < 4:
+        if self._unbiased and int(state.n) < 4:
             raise ConfigError(f"got {int(state.n)} rows; cka with unbiased=True needs at least 4")
-        return TensorDict({"score": _ratio(state, self.eps)})
+        if not isinstance(state, (ReservoirState, KernelTable)):
+            return TensorDict({"score": _ratio(state, self.eps)})
+        table = as_kernels(state, Kernels((self._kernel,)))
+        return table.scored(self._kernel, lambda sums: sums.alignment(self._unbiased), self.eps)
 
 
 def cka_matrix(rows: Sequence[Tensor], *, unbiased: bool = False) -> Float[Tensor, "l l"]:
