@@ -70,6 +70,69 @@ def two_nn(x):
     return (mu * empirical).sum() / mu.square().sum()
 
 
+def near(x, k):
+    from neighbor_tools import neighbour_distances
+
+    return neighbour_distances(x, range(1, k + 1)).log()
+
+
+def likeliest(x):
+    """Return the dimension that twenty neighbours make most likely, pooled."""
+    return 1 / (near(x, 20)[:, -1:] - near(x, 20)[:, :-1]).mean()
+
+
+def second_scale(x):
+    """Return the dimension from the second and fourth neighbour, by halving an interval."""
+    u = near(x, 4)[:, 3] - near(x, 4)[:, 1]
+    low, high = torch.tensor([1e-3, 1e3], dtype=torch.float64)
+    for _ in range(200):
+        d = (low * high).sqrt()
+        rises = (len(u) - 1) / d + (u / -torch.expm1(-d * u)).sum() - 3 * u.sum() > 0
+        low, high = (d, high) if rises else (low, d)
+    return d
+
+
+def correlation(x):
+    radii = near(x, 20)[:, [9, 19]].exp().quantile(0.5, 0)
+    counts = (torch.cdist(x, x).unsqueeze(2) < radii).sum((0, 1)).double() - len(x)
+    return (counts[1] / counts[0]).log() / (radii[1] / radii[0]).log()
+
+
+def local_components(x):
+    counts = []
+    for row in torch.cdist(x, x):
+        variances = spectrum(centred(x[row.argsort()[1:21]])).square()
+        counts.append(float((variances > 0.05 * variances[0]).sum()))
+    return torch.tensor(counts).double().mean()
+
+
+def common_neighbours(x, y):
+    """Tell which of the ten nearest rows of each row are those of the other layer too, (n, n)."""
+    lists = [torch.zeros(len(z), len(z)).scatter_(1, torch.cdist(z, z).argsort(1)[:, 1:11], 1) for z in (x, y)]
+    return (lists[0] * lists[1]).double()
+
+
+def jaccard(x, y):
+    common = common_neighbours(x, y).sum(1)
+    return (common / (20 - common)).mean()
+
+
+def rank_similarity(x, y):
+    common = common_neighbours(x, y)
+    a, b = (torch.cdist(z, z).argsort(1).argsort(1).double() for z in (x, y))
+    harmonic = torch.cat([torch.ones(1), (1 / torch.arange(1.0, 11)).double().cumsum(0)]).double()
+    terms = common * 2 / ((1 + (a - b).abs()) * (a + b).clamp(min=1))
+    return (terms.sum(1) / harmonic[common.sum(1).long()]).mean()
+
+
+def second_order_cosine(x, y):
+    cosines = [z / z.norm(dim=1, keepdim=True) for z in (x, y)]
+    cosines = [z @ z.T for z in cosines]
+    near = [torch.zeros_like(z).scatter_(1, z.argsort(1, descending=True)[:, 1:11], 1) for z in cosines]
+    a, b = (z * (near[0] + near[1] > 0) for z in cosines)
+    return torch.cosine_similarity(a, b, dim=1).mean()
+
+
 def spectrum(x):
     """Return the singular values of rows."""
     return torch.linalg.svdvals(x)
@@ -152,6 +215,14 @@ ROWS: dict[str, Row] = {
     "cknna": Row(plain("cknna", 10), least=11),
     "twonn": Row(two_nn, least=3),
     "local_knn": Row(None, least=5),
+    "mle": Row(likeliest, least=21),
+    "gride": Row(second_scale, least=5),
+    "corr_int": Row(correlation, least=21),
+    "local_pca": Row(local_components, least=21, options={"k": 20}),
+    "mutual_knn": Row(lambda x, y: common_neighbours(x, y).sum(1).mean() / 10, least=12),
+    "jaccard": Row(jaccard, least=12),
+    "rank_similarity": Row(rank_similarity, least=12),
+    "second_order_cosine": Row(second_order_cosine, least=12),
     "participation_ratio": Row(
         lambda x: spectrum(centred(x)).square().sum() ** 2 / spectrum(centred(x)).pow(4).sum(), 2
     ),

@@ -103,3 +103,33 @@ def scored(estimator, *rows):
     batch = Batch({f"layer {i}": x for i, x in enumerate(rows)}, torch.arange(rows[0].shape[-2]))
     statistic = estimator._one_shot(batch)
     return estimator.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))
+
+
+def shared_neighbours(x, k, cosine=False):
+    """List, row by row, the k nearest rows with their shares and ranks: [{row: (share, rank)}]."""
+    x = x.double() if x.shape[1] else torch.zeros(len(x), 1).double()
+    if cosine:
+        length = x.norm(dim=1, keepdim=True)
+        x = x / torch.where(length > 0, length, 1)
+    found = []
+    for i, row in enumerate(distances(x)):
+        others = sorted((d, j) for j, d in enumerate(row.tolist()) if j != i)
+        listed, start = {}, 0
+        while start < k:
+            end = start + 1
+            while end < len(others) and others[end][0] <= others[end - 1][0] * (1 + TIE):
+                end += 1
+            taken = min(end, k) - start
+            rank = taken / sum(1 / place for place in range(start + 1, start + taken + 1))
+            listed |= {j: (taken / (end - start), rank) for _, j in others[start:end]}
+            start = end
+        found.append(listed)
+    return found
+
+
+def cosine_rows(x):
+    """Return the cosines between all rows, 0 for rows of zeros."""
+    x = x.double()
+    length = x.norm(dim=1, keepdim=True)
+    x = x / torch.where(length > 0, length, 1)
+    return x @ x.mT

@@ -15,7 +15,7 @@ from tdprobe._types import Float, Int
 # Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
 SLICE, TILE = 64, 2048
 # Numbers in one step of differences, for the same reason.
-STEP = 2**17
+STEP = 2**16
 # Distances that agree to this relative precision are tied: sums in float64 say no more.
 TIE = 1e-12
 # Numbers in the exact distances of some rows to all points.
@@ -148,11 +148,13 @@ class Space:
         out = torch.empty(len(rows), dtype=torch.float64, device=self.rows.device)
         for start in range(0, len(rows), self._rows_at_once):
             part = slice(start, start + self._rows_at_once)
-            gap = self.rows[rows[part]].double().sub_(self.rows[self.first[points[part]]])
-            if self.p == 2:
-                out[part] = gap.mul_(self.scale).square_().sum(1)
-            else:
-                out[part] = torch.linalg.vector_norm(gap, self.p, dim=1)
+            gap = self.rows.index_select(0, rows[part]).double()
+            gap.sub_(self.rows.index_select(0, self.first[points[part]]))
+            # Only numbers beyond float32 may leave float64 when squared.
+            gap = gap.mul_(self.scale) if self.rows.dtype == torch.float64 else gap
+            out[part] = torch.linalg.vector_norm(gap, self.p, dim=1)
+        if self.p == 2:
+            out = out.square_() if self.rows.dtype == torch.float64 else out.mul_(self.scale).square_()
         return out
 
     def exact_block(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r u"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from tdprobe._types import Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, TILE, Space
 from tdprobe.stats.nearest import Nearest
+
+# Columns in which doubts are looked for together; a tile holds whole ones.
+CHUNK = 256
 
 
 @dataclass
@@ -84,42 +88,53 @@ def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, 
     slack = space.slack(rows, target, space.dtype)
     seen = target - space.offset(rows).unsqueeze(1)
     low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
-    nearer, perhaps = _counts(block, low, high, space.repeats.to(block.dtype))
-    tied = space.repeats[point].double()
-    some = (perhaps - nearer != tied) & (target > 0)
-    if bool(some.any()):
-        doubts = some.nonzero()
-        for part in doubts.split(max(1, EXACT_BLOCK // 4 // space.points)):
-            row, column = part.unbind(1)
-            zone = block[row]
-            zone = ((zone >= low[row, column].unsqueeze(1)) & (zone <= high[row, column].unsqueeze(1))).nonzero()
-            more, tied[row, column] = _decided(space, rows[row], target[row, column], zone)
-            nearer[row, column] += more
+    below, upto = _counts(block, low, high, space.repeats.to(block.dtype))
+    nearer, tied = below.sum(2).double(), space.repeats[point].double()
+    some = (upto.sum(2) - nearer != tied) & (target > 0)
+    # Only the chunks in which there is something in doubt are looked at again.
+    doubts = ((upto > below) & some.unsqueeze(2)).nonzero()
+    tied[some], width = 0, min(CHUNK, space.points)
+    windows = block.unfold(1, width, 1)
+    for part in doubts.split(max(1, EXACT_BLOCK // CHUNK)):
+        row, column, chunk = part.unbind(1)
+        # The last chunk is shorter: it is looked at with the end of the one before.
+        begin = (chunk * CHUNK).clamp(max=space.points - width)
+        places = begin.unsqueeze(1) + torch.arange(width, device=rows.device)
+        values = windows[row, begin]
+        inside = (values >= low[row, column].unsqueeze(1)) & (values <= high[row, column].unsqueeze(1))
+        member, offset = (inside & (places >= chunk.unsqueeze(1) * CHUNK)).nonzero().unbind(1)
+        row, column = row[member], column[member]
+        more, equal = _decided(space, rows[row], places[member, offset], target[row, column])
+        nearer.index_put_((row, column), more, accumulate=True)
+        tied.index_put_((row, column), equal, accumulate=True)
     # A row's own copies are at distance 0, and its point was left out of the block.
     copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
     return torch.where(target > 0, copies + nearer + (tied + 1) / 2, (copies + 1) / 2)
 
 
 def _counts(block: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the rows below one bound and up to the other, for each column of bounds."""
-    below, upto = (torch.zeros(low.shape, dtype=torch.float64, device=block.device) for _ in range(2))
-    flags = block.new_empty(len(block), min(TILE, block.shape[1]))
-    for start in range(0, block.shape[1], TILE):
+    """Count the rows below one bound and up to the other, for each column of bounds and chunk: ``(r, l, chunks)``."""
+    points, chunks = block.shape[1], -(-block.shape[1] // CHUNK)
+    below, upto = (block.new_zeros(*low.shape, chunks) for _ in range(2))
+    several, ones = bool((weights > 1).any()), weights.new_ones(CHUNK)
+    for start in range(0, points, TILE):
         tile, part = block[:, start : start + TILE], weights[start : start + TILE]
-        mark = flags[:, : tile.shape[1]]
-        for column in range(low.shape[1]):
-            below[:, column] += torch.lt(tile, low[:, column : column + 1], out=mark) @ part
-            upto[:, column] += torch.le(tile, high[:, column : column + 1], out=mark) @ part
+        place = slice(start // CHUNK, -(-(start + tile.shape[1]) // CHUNK))
+        flags = tile.new_zeros(len(tile), (place.stop - place.start) * CHUNK)
+        mark, by_chunk = flags[:, : tile.shape[1]], flags.unflatten(1, (-1, CHUNK))
+        sides = ((torch.lt, low, below), (torch.le, high, upto))
+        for column, (compare, bound, found) in product(range(low.shape[1]), sides):
+            compare(tile, bound[:, column : column + 1], out=mark)
+            if several:
+                mark.mul_(part)
+            found[:, column, place] = by_chunk @ ones
     return below, upto
 
 
-def _decided(space: Space, rows: Tensor, target: Tensor, zone: Tensor) -> tuple[Tensor, Tensor]:
-    """Count, by exact measures, the rows in doubt that are nearer than the target, and those tied with it."""
-    row, point = zone.unbind(1)
-    measure, at, amount = space.exact(rows[row], point), target[row], space.repeats[point].double()
-    none = torch.zeros_like(target)
-    nearer = none.index_add(0, row, amount * (measure < at * (1 - TIE)))
-    return nearer, none.index_add(0, row, amount * ((measure - at).abs() <= at * TIE))
+def _decided(space: Space, rows: Tensor, points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Weigh, by exact measures, the points that are nearer than a target, and those tied with it."""
+    measure, amount = space.exact(rows, points), space.repeats[points].double()
+    return amount * (measure < target * (1 - TIE)), amount * ((measure - target).abs() <= target * TIE)
 
 
 def _ranks_of_several(space: Space, rows: Tensor, block: Tensor, partners: Partners, some: Tensor) -> Tensor:

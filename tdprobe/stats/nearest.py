@@ -23,12 +23,14 @@ class Wanted:
         distinct: Count rows that are equal once; a row's own copies are never its neighbours.
         beyond: Without ``distinct``: distances up to this do not count.
         ties: Find all points that are as near as the nearest one (with ``distinct`` only).
+        places: Say which the nearest points are, this many, as far as ``ranks`` tell them apart.
     """
 
     ranks: tuple[int, ...]
     distinct: bool = True
     beyond: float = 0.0
     ties: bool = False
+    places: int = 0
 
 
 @dataclass
@@ -39,11 +41,13 @@ class Nearest:
         measures: Exact measure of the neighbour of each rank, ``(r, q)`` float64, infinite where there is none.
         row: With ``point``: which row has which nearest point, ``(t,)`` int64, ascending.
         point: The points.
+        order: The nearest points, nearest first, ``(r, places)`` int64, -1 where there is none.
     """
 
     measures: Tensor
     row: Tensor
     point: Tensor
+    order: Tensor
 
 
 def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wanted) -> Nearest:
@@ -56,11 +60,12 @@ def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wa
         wanted: Which neighbours.
     """
     measures = torch.full((len(rows), len(wanted.ranks)), torch.inf, dtype=torch.float64, device=rows.device)
+    places = torch.full((len(rows), wanted.places), -1, device=rows.device)
     todo, ties = torch.arange(len(rows), device=rows.device), []
     for dtype in dict.fromkeys((space.dtype, torch.float64)):
         block = block if dtype == space.dtype else space.block(rows[todo], dtype)
         found, sure = _by_products(space, rows[todo], block, wanted, dtype)
-        measures[todo[sure]] = found.measures[sure]
+        measures[todo[sure]], places[todo[sure]] = found.measures[sure], found.order[sure]
         kept = sure[found.row]
         ties.append(torch.stack([todo[found.row[kept]], found.point[kept]]))
         todo = todo[~sure]
@@ -68,11 +73,11 @@ def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wa
             break
     for part in todo.split(max(1, EXACT_BLOCK // space.points)) if len(todo) else ():
         found = _by_differences(space, rows[part], wanted)
-        measures[part] = found.measures
+        measures[part], places[part] = found.measures, found.order
         ties.append(torch.stack([part[found.row], found.point]))
     row, point = torch.cat(ties, 1)
     row, order = row.sort(stable=True)
-    return Nearest(measures, row, point[order])
+    return Nearest(measures, row, point[order], places)
 
 
 def _by_products(
@@ -119,7 +124,9 @@ def _by_differences(space: Space, rows: Tensor, wanted: Wanted) -> Nearest:
 def _collect(a: Tensor, points: Tensor, weights: Tensor, wanted: Wanted) -> Nearest:
     near = (a <= a[:, :1] * (1 + TIE)) & (a < torch.inf) & wanted.ties
     row, column = near.nonzero().unbind(1)
-    return Nearest(_at_ranks(a, weights, wanted.ranks), row, points[row, column])
+    order = points[:, : wanted.places].masked_fill(a[:, : wanted.places] == torch.inf, -1)
+    order = torch.nn.functional.pad(order, (0, wanted.places - order.shape[1]), value=-1)
+    return Nearest(_at_ranks(a, weights, wanted.ranks), row, points[row, column], order)
 
 
 def _weights(space: Space, points: Tensor, wanted: Wanted) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from tensordict import TensorClass
+from tensordict import TensorClass, TensorDict
 from torch import Tensor
 
 from tdprobe._types import Float
@@ -17,7 +17,7 @@ from tdprobe.stats.distances import Space
 from tdprobe.stats.mean_ranks import Partners, mean_ranks, partners_of
 from tdprobe.stats.nearest import Wanted, find_nearest
 from tdprobe.stats.reservoir import ReservoirState
-from tdprobe.stats.state import Derivation, layer_list, working_dtype
+from tdprobe.stats.state import Derivation, by_layer, layer_list, working_dtype
 
 # Most rows in a block, and bytes for the blocks of all layers that are needed at once.
 BLOCK, BUDGET = 128, 64 * 2**20
@@ -30,23 +30,35 @@ class NeighborTable(TensorClass):
         ids: Sample ids of the rows, ``(m,)`` int64.
         distances: Distance of each row to its neighbours of the ranks ``(*lead, l, m, q)`` float64.
         ranks: The ranks q, ``(q,)`` int64, 1 for the nearest.
+        places: The nearest rows of each row, nearest first, ``(*lead, l, m, k)`` int64; -1 where there is none. Of
+            rows that are equal the first stands for all.
+        first: The first row that is equal to each row, itself in most cases, ``(*lead, l, m)`` int64.
         imbalance: ``(*lead, l, l)`` float64, from the layer of the row to that of the column; or
             ``(*lead, 0, 0)``.
-        repeated: Whether an earlier row is equal, ``(*lead, l, m)`` bool.
+        imbalance_se: Its standard error over rows, of the same shape.
         finite: Whether a layer holds finite numbers only, ``(*lead, l)`` bool.
+        rows: The rows themselves, not copied: layer index -> ``(*lead, m, d)``; of length 1 for directions.
     """
 
     ids: Tensor
     distances: Tensor
     ranks: Tensor
+    places: Tensor
+    first: Tensor
     imbalance: Tensor
-    repeated: Tensor
+    imbalance_se: Tensor
     finite: Tensor
+    rows: TensorDict
 
     @property
     def n(self) -> Tensor:
         """Count the rows, int64."""
         return torch.tensor(len(self.ids))
+
+    @property
+    def repeated(self) -> Tensor:
+        """Tell whether an earlier row is equal, ``(*lead, l, m)`` bool."""
+        return self.first != torch.arange(self.first.shape[-1], device=self.first.device)
 
     @property
     def duplicates(self) -> Tensor:
@@ -78,6 +90,12 @@ class Neighbors(Derivation):
         p: Order of the norm.
         distinct: Count rows that are equal once, and none as its own copy's neighbour.
         beyond: Without ``distinct``: neighbours up to this distance do not count.
+        places: How many of the nearest rows to list, with ``distinct`` only; their order is exact where ``ranks``
+            hold all numbers up to this one.
+        directions: Bring rows to length 1 first: their distances order rows as their cosines do.
+
+    Raises:
+        ConfigError: Places without ``distinct``.
 
     Example:
         >>> table = Neighbors((1, 2)).of_rows([torch.tensor([[0.0], [1.0], [3.0], [3.0]])])
@@ -90,15 +108,26 @@ class Neighbors(Derivation):
     p: float = 2.0
     distinct: bool = True
     beyond: float = 0.0
+    places: int = 0
+    directions: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is not told apart."""
+        if self.places and not self.distinct:
+            raise ConfigError("got places without distinct=True; nearest rows are listed among distinct rows only")
 
     def joined(self, other: Any) -> Neighbors | None:
         """Return what serves both in one pass, or ``None`` where they count neighbours differently."""
         if not isinstance(other, Neighbors):
             return None
-        if (self.p, self.distinct, self.beyond) != (other.p, other.distinct, other.beyond):
+        if self._rule != other._rule:
             return None
-        ranks = tuple(sorted({*self.ranks, *other.ranks}))
-        return replace(self, ranks=ranks, imbalance=self.imbalance or other.imbalance)
+        ranks, places = tuple(sorted({*self.ranks, *other.ranks})), max(self.places, other.places)
+        return replace(self, ranks=ranks, imbalance=self.imbalance or other.imbalance, places=places)
+
+    @property
+    def _rule(self) -> tuple[float, bool, float, bool]:
+        return self.p, self.distinct, self.beyond, self.directions
 
     def __call__(self, state: ReservoirState) -> NeighborTable:
         """Find the neighbours in the rows of a bank."""
@@ -115,9 +144,10 @@ class Neighbors(Derivation):
         ids = torch.arange(rows[0].shape[-2], device=rows[0].device) if ids is None else ids
         # The caller's autograd, autocast and inference mode are the model's.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+            rows = [_directed(x.detach()) if self.directions else x.detach() for x in rows]
             table = self._empty(rows, ids)
             for index in product(*map(range, rows[0].shape[:-2])):
-                self._fill(table, index, [x[index].detach() for x in rows])
+                self._fill(table, index, [x[index] for x in rows])
         return table
 
     def _empty(self, rows: Sequence[Tensor], ids: Tensor) -> NeighborTable:
@@ -131,9 +161,12 @@ class Neighbors(Derivation):
             ids=ids,
             distances=full(layers, n, len(self.ranks)),
             ranks=torch.tensor(self.ranks, dtype=torch.int64),
+            places=torch.full((*lead, layers, n, self.places), -1, device=rows[0].device),
+            first=torch.arange(n, device=rows[0].device).repeat(*lead, layers, 1),
             imbalance=full(squares, squares),
-            repeated=full(layers, n) > 0,
+            imbalance_se=full(squares, squares),
             finite=torch.stack([x.isfinite().flatten(-2).all(-1) for x in rows], -1),
+            rows=by_layer(rows),
         )
 
     def _fill(self, table: NeighborTable, index: tuple[int, ...], rows: Sequence[Tensor]) -> None:
@@ -142,7 +175,7 @@ class Neighbors(Derivation):
         for group in [layers] if self.imbalance else [[i] for i in layers]:
             spaces = {i: Space(rows[i], self.p) for i in group}
             for i, space in spaces.items():
-                table.repeated[(*index, i)] = space.repeated
+                table.first[(*index, i)] = space.first[space.own]
             if rows[0].shape[0] > 1 and group:
                 _Pass(self, spaces).run(table, index)
 
@@ -156,9 +189,12 @@ class _Pass:
     """Walk over the rows of one data set, a block of all layers at a time."""
 
     def __init__(self, config: Neighbors, spaces: dict[int, Space]) -> None:
-        ranks = config.ranks if not config.imbalance or 1 in config.ranks else (1, *config.ranks)
+        extra = {*config.ranks, *[1] * config.imbalance, *[config.places] * (config.places > 0)}
         self.config, self.spaces = config, spaces
-        self.wanted = Wanted(ranks, config.distinct, config.beyond, ties=config.imbalance)
+        self.wanted = Wanted(
+            tuple(sorted(extra)), config.distinct, config.beyond, ties=config.imbalance, places=config.places
+        )
+        self.kept = [self.wanted.ranks.index(rank) for rank in config.ranks]
 
     def run(self, table: NeighborTable, index: tuple[int, ...]) -> None:
         n, device = len(table.ids), table.distances.device
@@ -167,30 +203,44 @@ class _Pass:
         memory = {
             i: torch.empty(size, space.points, dtype=space.dtype, device=device) for i, space in self.spaces.items()
         }
-        sums = torch.zeros(len(self.spaces), len(self.spaces), dtype=torch.float64, device=device)
+        sums = torch.zeros(2, len(self.spaces), len(self.spaces), dtype=torch.float64, device=device)
         for rows in torch.arange(n, device=device).split(size):
             blocks = {i: space.block(rows, out=memory[i][: len(rows)]) for i, space in self.spaces.items()}
             partners = []
             for i, space in self.spaces.items():
                 nearest = find_nearest(space, rows, blocks[i], self.wanted)
-                kept = nearest.measures[:, len(self.wanted.ranks) - len(self.config.ranks) :]
-                table.distances[(*index, i)][rows] = space.distance(kept)
+                table.distances[(*index, i)][rows] = space.distance(nearest.measures[:, self.kept])
+                order = nearest.order
+                table.places[(*index, i)][rows] = torch.where(order >= 0, space.first[order], -1)
                 if self.config.imbalance:
                     partners.append(partners_of(space, rows, nearest))
             if self.config.imbalance:
                 sums += self._ranks(rows, blocks, partners)
         if self.config.imbalance:
             held = torch.tensor(list(self.spaces), device=device)
-            table.imbalance[index][held.unsqueeze(1), held] = 2 * sums / n**2
+            total, squares = 2 / n * sums
+            table.imbalance[index][held.unsqueeze(1), held] = total / n
+            # Rows as groups of their own: the spread of their ranks over sqrt(n).
+            spread = (2 / n * squares - total.square() / n).clamp(min=0) / (n - 1)
+            table.imbalance_se[index][held.unsqueeze(1), held] = (spread / n).sqrt()
 
     def _ranks(self, rows: Tensor, blocks: dict[int, Tensor], partners: list[Partners]) -> Tensor:
-        """Sum, over some rows, the ranks of the nearest rows of each layer (first index) in each (second)."""
-        total = torch.empty(len(partners), len(partners), dtype=torch.float64, device=rows.device)
+        """Sum, over some rows, the ranks (and squares) of the nearest rows of each layer in each other one."""
+        count = len(partners)
+        total = torch.empty(2, count, count, dtype=torch.float64, device=rows.device)
         for place, (i, space) in enumerate(self.spaces.items()):
+            others = [other for other in range(count) if other != place]
             # In their own layer the nearest rows are tied for the first places.
-            total[place, place] = ((partners[place].counts + 1) / 2).double().sum()
-            others = [other for other in range(len(partners)) if other != place]
+            found = ((partners[place].counts + 1) / 2).double().unsqueeze(1)
+            total[:, place, place] = torch.stack([found.sum(), found.square().sum()])
             if others:
                 found = mean_ranks(space, rows, blocks[i], [partners[other] for other in others])
-                total[others, place] = found.sum(0)
+                total[:, others, place] = torch.stack([found.sum(0), found.square().sum(0)])
         return total
+
+
+def _directed(x: Float[Tensor, "*lead m d"]) -> Float[Tensor, "*lead m d"]:
+    """Bring rows to length 1; rows of zeros stay."""
+    x = x.double()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(length > 0, length, 1)

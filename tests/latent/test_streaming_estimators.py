@@ -62,6 +62,18 @@ class TestOnePass:
             torch.testing.assert_close(found[label], alone, rtol=1e-12, atol=0)
         assert found["cka"].shape == (4, 4) and found["twonn"].shape == found["local_knn"].shape == (4,)
 
+    def test_everything_that_reads_neighbours_shares_the_pass(self, passes):
+        names = [*NEIGHBOURS, "mle", "gride", "corr_int", "local_pca", "mutual_knn", "jaccard", "rank_similarity"]
+        estimators = resolve_estimators([*names, "second_order_cosine"])
+        scorer = push(Scorer(estimators, portion=64, max_norm=None), layers())
+        found = scorer.scores()
+        # Cosines have neighbours of their own.
+        assert sorted(made.directions for made in passes) == [False, True]
+        assert max(passes, key=lambda made: made.places).imbalance
+        for label, estimator in estimators.items():
+            alone = scored(estimator, *layers().values())["score"]
+            torch.testing.assert_close(found[label], alone, rtol=1e-12, atol=1e-14)
+
     def test_and_those_of_one_shot_calls(self):
         found = push(Scorer(resolve_estimators(NEIGHBOURS), max_norm=None), layers()).scores()
         rows = list(layers().values())

@@ -11,12 +11,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.estimator import LayerEstimator
-from tdprobe.registry import Spec, register
+from tdprobe.latent.dimension_estimation.neighbor_dimension import SPREAD, NeighborDimension
+from tdprobe.registry import Mode, Spec, register
 from tdprobe.stats.neighbors import Neighbors, as_neighbors
-from tdprobe.stats.reservoir import Reservoir
-from tdprobe.stats.state import Statistic
-from tdprobe.stream.batch import Batch
 
 
 @register(
@@ -30,10 +27,9 @@ from tdprobe.stream.batch import Batch
         needs=("reservoir",),
         cost="n^2 d per layer, for a bank of n rows",
         reference="Farahmand, Szepesvari, Audibert 2007, Manifold-adaptive dimension estimation",
-        streaming={"distinct": True},
     )
 )
-class LocalKnnDimensionEstimator(LayerEstimator):
+class LocalKnnDimensionEstimator(NeighborDimension):
     """Estimate the dimension around each point from the distances to its k-th and 2k-th neighbour.
 
     ``d(x) = log 2 / log(R_2k / R_k)``: twice the neighbours are found in a ball of ``2^(1/d)`` times the radius.
@@ -47,12 +43,13 @@ class LocalKnnDimensionEstimator(LayerEstimator):
         in_key: Key of ``(*lead, n, d)``.
         out_key: Key to write, ``(*lead, n)`` float32.
         eps: Distance up to which rows count as the same; not used with ``distinct``.
-        distinct: Count rows that are equal once.
+        distinct: Count rows that are equal once; by default with ``mode="robust"`` only.
         bank_size: Rows to keep of a stream; a one-shot call uses all.
+        mode: ``"strict"`` or ``"robust"``, which counts equal rows once.
 
     Raises:
         TypeError: ``k`` is neither an integer nor ``"auto"``.
-        ConfigError: ``k`` is 1 or less, ``eps`` negative, or a key bad.
+        ConfigError: ``k`` is 1 or less, ``eps`` negative, or a key or mode bad.
 
     Example:
         >>> square = torch.rand(2000, 2, generator=torch.Generator().manual_seed(0))
@@ -71,25 +68,22 @@ class LocalKnnDimensionEstimator(LayerEstimator):
         out_key: Any = "dimension",
         eps: float = 1e-5,
         *,
-        distinct: bool = False,
+        distinct: bool | None = None,
         bank_size: int = 4096,
+        mode: Mode = "strict",
     ) -> None:
-        super().__init__([in_key], [out_key])
+        super().__init__(in_key, [out_key], bank_size=bank_size, mode=mode)
         if k != "auto" and not isinstance(k, int):
             raise TypeError(f"got k={k!r}; k must be an integer from 2 on, or 'auto'")
         if k != "auto" and k <= 1:
             raise ConfigError(f"got k={k!r}; k must be greater than 1")
         if not eps >= 0:
             raise ConfigError(f"got eps={eps!r}; allowed are distances from 0 on")
-        self.k, self.in_key, self.out_key, self.eps = k, in_key, out_key, eps
-        self.distinct, self.bank_size = distinct, bank_size
+        self.k, self.eps, self.distinct = k, eps, distinct
 
-    def statistic(self) -> Statistic:
-        """Return a `Reservoir` of ``bank_size`` rows."""
-        return Reservoir(self.bank_size)
-
-    def _one_shot(self, batch: Batch) -> Statistic:
-        return Reservoir(max(1, batch.n))
+    @property
+    def _distinct(self) -> bool:
+        return self.mode == "robust" if self.distinct is None else self.distinct
 
     def _neighbours(self, n: int) -> int:
         k = max(2, min(math.isqrt(n), (n - 1) // 2)) if self.k == "auto" else self.k
@@ -104,7 +98,7 @@ class LocalKnnDimensionEstimator(LayerEstimator):
             ConfigError: Fewer than 2k + 1 rows.
         """
         k = self._neighbours(int(state.n))
-        return Neighbors((k, 2 * k), distinct=self.distinct, beyond=0.0 if self.distinct else self.eps)
+        return Neighbors((k, 2 * k), distinct=self._distinct, beyond=0.0 if self._distinct else self.eps)
 
     def score(self, state: Any) -> TensorDict:
         """Estimate the dimension around each row of each layer.
@@ -113,8 +107,9 @@ class LocalKnnDimensionEstimator(LayerEstimator):
             state: `ReservoirState` or `NeighborTable`.
 
         Returns:
-            ``"score"``, the median over rows, ``(*lead, l)``, and ``"pointwise"``, ``(*lead, l, n)`` in the order
-            of the sample ids, float64; ``"duplicates"`` and ``"finite"``.
+            ``"score"``, the median over rows, and its standard error ``"se"``, ``(*lead, l)``: 1.5 times that of the
+            median of independent points, ``sqrt(pi / 2 / (2 k + 1)) d / (log 2 sqrt(n))``; ``"pointwise"``,
+            ``(*lead, l, n)`` in the order of the sample ids, float64; ``"duplicates"`` and ``"finite"``.
 
         Raises:
             ConfigError: Fewer than 2k + 1 rows.
@@ -124,12 +119,13 @@ class LocalKnnDimensionEstimator(LayerEstimator):
         inner, outer = table.at(k), table.at(2 * k)
         values = math.log(2) / (outer / inner).log()
         values = torch.where(outer < torch.inf, values, torch.nan)
-        counted = values.masked_fill(table.repeated, torch.nan) if self.distinct else values
+        counted = values.masked_fill(table.repeated, torch.nan) if self._distinct else values
         # A point whose two distances are equal is infinitely dimensional: NaN by itself, but it has a place.
         score = counted.nanmedian(-1).values
         pointwise = values.masked_fill(values.isinf(), torch.nan)[..., table.ids.argsort()]
-        facts = {"duplicates": table.duplicates, "finite": table.finite}
-        return TensorDict({"score": score, "pointwise": pointwise, **facts})
+        points = (~counted.isnan()).sum(-1).double()
+        se = SPREAD * math.sqrt(math.pi / 2 / (2 * k + 1)) / math.log(2) * score / points.sqrt()
+        return self._scores(table, score=score, se=se, pointwise=pointwise)
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["pointwise"][..., 0, :]]

@@ -12,7 +12,7 @@ from torch import Tensor
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
-from tdprobe.registry import Spec, register
+from tdprobe.registry import Mode, Spec, check_mode, register
 from tdprobe.stats.neighbors import Neighbors, as_neighbors
 from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import Statistic
@@ -52,9 +52,10 @@ class InformationImbalanceEstimator(PairEstimator):
         out_key_b_to_a: Key to write, ``(*lead,)`` float32.
         p: Order of the norm, from 0 (number of unequal columns) to infinity.
         bank_size: Rows to keep of a stream; a one-shot call uses all.
+        mode: ``"strict"`` or ``"robust"``; they agree: ties are shared in both.
 
     Raises:
-        ConfigError: A bad key, or a negative ``p``.
+        ConfigError: A bad key or mode, or a negative ``p``.
 
     Example:
         >>> x = torch.arange(10.0).square().unsqueeze(1)
@@ -75,11 +76,13 @@ class InformationImbalanceEstimator(PairEstimator):
         p: float = 2.0,
         *,
         bank_size: int = 4096,
+        mode: Mode = "strict",
     ) -> None:
         super().__init__([in_key_a, in_key_b], [out_key_a_to_b, out_key_b_to_a])
         if not p >= 0:
             raise ConfigError(f"got p={p!r}; allowed are orders of a norm from 0 to infinity")
         self.in_key_a, self.in_key_b, self.p, self.bank_size = in_key_a, in_key_b, p, bank_size
+        self.mode = check_mode(mode)
         self.out_key_a_to_b, self.out_key_b_to_a = out_key_a_to_b, out_key_b_to_a
 
     def statistic(self) -> Statistic:
@@ -100,8 +103,8 @@ class InformationImbalanceEstimator(PairEstimator):
             state: `ReservoirState` or `NeighborTable`.
 
         Returns:
-            ``"score"``, ``(*lead, l, l)`` float64, from the layer of the row to that of the column;
-            ``"duplicates"`` and ``"finite"``.
+            ``"score"``, from the layer of the row to that of the column, and its standard error over rows ``"se"``,
+            ``(*lead, l, l)`` float64; ``"duplicates"`` and ``"finite"``.
 
         Raises:
             ConfigError: Fewer than 2 rows.
@@ -109,9 +112,8 @@ class InformationImbalanceEstimator(PairEstimator):
         if int(state.n) < LEAST:
             raise ConfigError(f"got {int(state.n)} rows; information_imbalance needs at least {LEAST} samples")
         table = as_neighbors(state, self.derivation(state))
-        return TensorDict(
-            {"score": table.imbalance, "duplicates": table.duplicates, "finite": table.finite},
-        )
+        facts = {"duplicates": table.duplicates, "finite": table.finite}
+        return TensorDict({"score": table.imbalance, "se": table.imbalance_se, **facts})
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["score"][..., 0, 1], scores["score"][..., 1, 0]]
