@@ -242,5 +242,15 @@ def _places_of_smallest(values: Tensor, k: int) -> Tensor:
 
 
 def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
-    """Return the places that sort each row."""
-    return values.argsort(1) if values.device.type != "cpu" else torch.from_numpy(np.argsort(values.numpy(), axis=1))
+    """Return the places that sort each row; NaN may be anywhere."""
+    if values.device.type != "cpu":
+        return values.argsort(1)
+    if values.dtype != torch.float32:
+        return torch.from_numpy(np.argsort(values.numpy(), axis=1))
+    # Sorting pairs of key and place takes half the time of sorting places by their keys. The bits of a float are in the
+    # order of its values once those of negative numbers are turned round.
+    bits = values.contiguous().view(torch.int32)
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
+    keys |= torch.arange(values.shape[1])
+    keys.numpy().sort(axis=1)
+    return keys & 0xFFFFFFFF

@@ -1,20 +1,19 @@
-"""How far the nearest rows of one layer are in another: ranks by counting, never by sorting a matrix."""
+"""How far the nearest rows of one layer are in another: each block of rows is sorted once for all other layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
-from tdprobe.stats.distances import EXACT_BLOCK, TIE, TILE, Space
+from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space, ascending
 from tdprobe.stats.nearest import Nearest
 
-# Columns in which doubts are looked for together; a tile holds whole ones.
-CHUNK = 256
+# Points in doubt that are measured at once.
+MEMBERS = 2**14
 
 
 @dataclass
@@ -84,51 +83,54 @@ def mean_ranks(
 def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
     """Rank one row of each of l layers: count what is surely nearer and what may be, and decide the doubts."""
     point = space.own[other]
-    target = space.exact(rows.unsqueeze(1).expand_as(other).flatten(), point.flatten()).view_as(point)
-    slack = space.slack(rows, target, space.dtype)
-    seen = target - space.offset(rows).unsqueeze(1)
+    copy = point == space.own[rows].unsqueeze(1)
+    # The block says how far a row is up to its slack, and of the points around it the same.
+    seen = block.gather(1, point).double().masked_fill(copy, 0)
+    reach = space.ceiling(rows, seen + space.offset(rows).unsqueeze(1), point, space.dtype)
+    slack = 2 * space.slack(rows, reach, space.dtype)
     low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
-    below, upto = _counts(block, low, high, space.repeats.to(block.dtype))
-    nearer, tied = below.sum(2).double(), space.repeats[point].double()
-    some = (upto.sum(2) - nearer != tied) & (target > 0)
-    # Only the chunks in which there is something in doubt are looked at again.
-    doubts = ((upto > below) & some.unsqueeze(2)).nonzero()
-    tied[some], width = 0, min(CHUNK, space.points)
-    windows = block.unfold(1, width, 1)
-    for part in doubts.split(max(1, EXACT_BLOCK // CHUNK)):
-        row, column, chunk = part.unbind(1)
-        # The last chunk is shorter: it is looked at with the end of the one before.
-        begin = (chunk * CHUNK).clamp(max=space.points - width)
-        places = begin.unsqueeze(1) + torch.arange(width, device=rows.device)
-        values = windows[row, begin]
-        inside = (values >= low[row, column].unsqueeze(1)) & (values <= high[row, column].unsqueeze(1))
-        member, offset = (inside & (places >= chunk.unsqueeze(1) * CHUNK)).nonzero().unbind(1)
-        row, column = row[member], column[member]
-        more, equal = _decided(space, rows[row], places[member, offset], target[row, column])
-        nearer.index_put_((row, column), more, accumulate=True)
-        tied.index_put_((row, column), equal, accumulate=True)
+    order = ascending(block)
+    below, upto = _between(block.gather(1, order), low, high)
+    weights = _upto(space.repeats.double()[order]) if space.points < len(space.rows) else None
+    nearer, perhaps = (x.double() if weights is None else weights.gather(1, x) for x in (below, upto))
+    tied = space.repeats[point].double()
+    some = (perhaps - nearer != tied) & ~copy
+    tied[some] = 0
+    row, column = some.nonzero().unbind(1)
+    target = space.exact(rows[row], point[some])
+    first, count = below[some], (upto - below)[some]
+    for part in _parts(count):
+        members = row[part].repeat_interleave(count[part]), column[part].repeat_interleave(count[part])
+        within = torch.arange(len(members[0]), device=rows.device)
+        within -= (count[part].cumsum(0) - count[part]).repeat_interleave(count[part])
+        points = order[members[0], first[part].repeat_interleave(count[part]) + within]
+        more, equal = _decided(space, rows[members[0]], points, target[part].repeat_interleave(count[part]))
+        nearer.index_put_(members, more, accumulate=True)
+        tied.index_put_(members, equal, accumulate=True)
     # A row's own copies are at distance 0, and its point was left out of the block.
     copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
-    return torch.where(target > 0, copies + nearer + (tied + 1) / 2, (copies + 1) / 2)
+    return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2)
 
 
-def _counts(block: Tensor, low: Tensor, high: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the rows below one bound and up to the other, for each column of bounds and chunk: ``(r, l, chunks)``."""
-    points, chunks = block.shape[1], -(-block.shape[1] // CHUNK)
-    below, upto = (block.new_zeros(*low.shape, chunks) for _ in range(2))
-    several, ones = bool((weights > 1).any()), weights.new_ones(CHUNK)
-    for start in range(0, points, TILE):
-        tile, part = block[:, start : start + TILE], weights[start : start + TILE]
-        place = slice(start // CHUNK, -(-(start + tile.shape[1]) // CHUNK))
-        flags = tile.new_zeros(len(tile), (place.stop - place.start) * CHUNK)
-        mark, by_chunk = flags[:, : tile.shape[1]], flags.unflatten(1, (-1, CHUNK))
-        sides = ((torch.lt, low, below), (torch.le, high, upto))
-        for column, (compare, bound, found) in product(range(low.shape[1]), sides):
-            compare(tile, bound[:, column : column + 1], out=mark)
-            if several:
-                mark.mul_(part)
-            found[:, column, place] = by_chunk @ ones
-    return below, upto
+def _between(ordered: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the entries of each row below one bound and up to the other."""
+    return torch.searchsorted(ordered, low.contiguous()), torch.searchsorted(ordered, high.contiguous(), right=True)
+
+
+def _upto(weights: Tensor) -> Tensor:
+    """Sum the weights before each place, and all of them."""
+    return torch.nn.functional.pad(weights.cumsum(1), (1, 0))
+
+
+def _parts(count: Tensor) -> Iterator[slice]:
+    """Cut doubts into parts whose members can be measured at once."""
+    ends = count.cumsum(0)
+    start = 0
+    while start < len(count):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(torch.searchsorted(ends, before + MEMBERS, right=True)))
+        yield slice(start, stop)
+        start = stop
 
 
 def _decided(space: Space, rows: Tensor, points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
