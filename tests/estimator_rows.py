@@ -201,6 +201,13 @@ def gulp_distance(x, y, ridge=1e-2):
     return (hats[0] - hats[1]).norm()
 
 
+def noised_information(x, noise=1.0):
+    """Upper bound: minus the mean logarithm of the mean of exp(-KL) between rows under noise."""
+    x = x / (noise * x.std(0, correction=0))
+    divergences = 0.5 * (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
+    return -(-divergences).exp().mean(1).log().mean()
+
+
 ROWS: dict[str, Row] = {
     "cka": Row(linear_cka, least=1),
     "procrustes": Row(procrustes_angle, least=2),
@@ -233,5 +240,6 @@ ROWS: dict[str, Row] = {
     "matrix_mutual_information": Row(mutual_information, least=2),
     "dime": Row(None, least=2),
     "lidar": Row(None, least=4, targets=views),
+    "noised_information": Row(noised_information, least=1),
     "curvature": Row(None, least=3, targets=texts, ordered=True),
 }

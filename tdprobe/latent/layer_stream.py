@@ -161,9 +161,12 @@ class LayerStreaming(HookingContextFactory):
         for name, submodule in matched.items():
             site = Site(name)
             context.sites.append(site)
-            hooks.append(Hook(submodule, "fwd", _streaming_hook(context, site)))
+            hooks.append(self._site_hook(context, submodule, site))
         # Items are forgotten only after the rows of the pass were handed on.
         return MultiHookHandle([*hooks, end, *items[1:]])
+
+    def _site_hook(self, context: Any, module: nn.Module, site: Site) -> Hook:
+        return Hook(module, "fwd", _streaming_hook(context, site))
 
 
 def _as_target(key: str, value: Any, n: int) -> Tensor:
@@ -179,15 +182,24 @@ def _as_target(key: str, value: Any, n: int) -> Tensor:
     return target.detach().reshape(n, -1).to(target.dtype if target.is_floating_point() else torch.float64)
 
 
+def layer_value(name: str, output: Any) -> Tensor:
+    """Return the tensor of a layer's output.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    value = first_tensor(output)
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"layer {name!r} returns a {type(output).__name__} without any tensor to score")
+    return value
+
+
 def _streaming_hook(context: StreamContext, site: Site) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # Outside of a call of the prepared model nothing is known about padding, so nothing is taken.
         if context.tracker.call is None or not context.gate.admits() or in_backward():
             return
-        value = first_tensor(output)
-        if not isinstance(value, Tensor):
-            raise ConfigError(f"layer {site.name!r} returns a {type(output).__name__} without any tensor to score")
-        context.add(site.name, value)
+        context.add(site.name, layer_value(site.name, output))
         context.fired(site)
 
     return hook
