@@ -208,6 +208,49 @@ def noised_information(x, noise=1.0):
     return -(-divergences).exp().mean(1).log().mean()
 
 
+def unit_information(x, y):
+    """Return the mutual information of every unit with every attribute, from plain loops."""
+    from disentanglement_tools import kraskov
+
+    return torch.tensor([[kraskov(u, v) for v in y.T.numpy()] for u in x.T.numpy()])
+
+
+def attribute_entropy(y):
+    from disentanglement_tools import kraskov
+
+    return torch.tensor([kraskov(v, v) for v in y.T.numpy()])
+
+
+def information_gap(x, y):
+    first, second = unit_information(x, y).topk(2, dim=0).values
+    return (first - second) / attribute_entropy(y)
+
+
+def gap_to_free_units(x, y):
+    known, taken = unit_information(x, y), {}
+    while len(taken) < 2:
+        left = {(d, i): float(known[d, i]) for d in range(len(known)) for i in range(2) if i not in taken}
+        unit, attribute = max((key for key in left if key[0] not in taken.values()), key=left.get)
+        taken[attribute] = unit
+    own = torch.stack([known[taken[i], i] for i in range(2)])
+    free = [d for d in range(len(known)) if d not in taken.values()]
+    return (own - known[free].max(0).values) / attribute_entropy(y)
+
+
+def mean_modularity(x, y):
+    squares = unit_information(x, y).square()
+    most = squares.max(1).values
+    kept = most > 0
+    by_unit = 1 - (squares.sum(1)[kept] / most[kept] - 1)
+    return ((by_unit * most[kept].sqrt()).sum() / most.sqrt().sum()).reshape(1)
+
+
+def correlation_gap(x, y):
+    r = torch.corrcoef(torch.cat([x, y], 1).T)[: x.shape[1], x.shape[1] :].square()
+    first, second = r.topk(2, dim=0).values
+    return first - second
+
+
 ROWS: dict[str, Row] = {
     "cka": Row(linear_cka, least=1),
     "procrustes": Row(procrustes_angle, least=2),
@@ -241,5 +284,12 @@ ROWS: dict[str, Row] = {
     "dime": Row(None, least=2),
     "lidar": Row(None, least=4, targets=views),
     "noised_information": Row(noised_information, least=1),
+    "mig": Row(information_gap, least=4),
+    "dmig": Row(None, least=4),
+    "dlig": Row(None, least=4),
+    "xmig": Row(gap_to_free_units, least=4),
+    "modularity": Row(mean_modularity, least=4),
+    "sap": Row(correlation_gap, least=4),
+    "dci": Row(None, least=8, unaffected=frozenset({"permutation"})),
     "curvature": Row(None, least=3, targets=texts, ordered=True),
 }

@@ -20,6 +20,15 @@ __getattr__, __dir__, __all__ = lazy(
             "ParticipationRatioEstimator",
             "TwoNnDimensionEstimator",
         ],
+        "tdprobe.latent.disentanglement": [
+            "DciEstimator",
+            "DligEstimator",
+            "DmigEstimator",
+            "MigEstimator",
+            "ModularityEstimator",
+            "SapEstimator",
+            "XmigEstimator",
+        ],
         "tdprobe.latent.information": [
             "CurvatureEstimator",
             "DimeEstimator",
