@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "tdprobe.compare.sweep": ["LayerComparison", "compare_layers"],
+        "tdprobe.compare.layers": ["compare_layers"],
+        "tdprobe.compare.sweep": ["LayerComparison"],
         "tdprobe.compare.layer_list": ["list_layers"],
         "tdprobe.latent.activation_addition": ["ActivationAddition"],
         "tdprobe.latent.activation_caching": ["ActivationCaching"],

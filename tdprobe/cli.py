@@ -65,8 +65,8 @@ def estimators() -> None:
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Folders, owner/model[@revision], or demo.")],
-    data: Annotated[str, typer.Option(help="Text file (a sample per line), JSONL, or demo.")],
+    models: Annotated[list[str], typer.Argument(help="Folders, owner/model[@revision], demo, or saved rows.")],
+    data: Annotated[str | None, typer.Option(help="Text file (a sample per line), JSONL, or demo.")] = None,
     layers: Annotated[str | None, typer.Option(help="Pattern of layers; by default the repeated blocks.")] = None,
     estimators: Annotated[str, typer.Option(help="Comma-separated registry names.")] = "cka",
     tokens: Annotated[str, typer.Option(help="all, last, mean, a position, or start:stop.")] = "all",
@@ -82,35 +82,70 @@ def compare(
     dtype: Annotated[str | None, typer.Option(help="Dtype of the weights, such as bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="Where models run.")] = None,
     one_at_a_time: Annotated[bool | None, typer.Option(help="Load checkpoints one after the other.")] = None,
+    save_rows: Annotated[Path | None, typer.Option(help="Also save sampled rows of MODEL, to compare later.")] = None,
+    unit: Annotated[int | None, typer.Option(help="Batches in a unit of work, which processes share.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for another process.")] = 1800.0,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Score every layer of each MODEL against every layer of all of them."""
-    from tdprobe import hf
-    from tdprobe.compare import LayerComparison
-
+    """Score every layer of each MODEL against every layer of all of them; torchrun shares the work."""
     _require_writable(out)
     _require_extras()
-    texts = hf.read_texts(data, field=field, limit=limit)
-    names = [name.strip() for name in estimators.split(",") if name.strip()]
+    if save_rows is not None:
+        one_at_a_time = _require_one_model(models, save_rows, one_at_a_time)
     rows: Any = {"tokens": tokens, "skip_first": skip_first, "max_norm": max_norm or None, "mode": mode, "null": null}
-    reading: Any = {"batch_size": batch_size, "max_length": max_length}
-    loading: Any = {"dtype": dtype, "device": device, "one_at_a_time": one_at_a_time}
-    named = dict(zip(_names(models), models, strict=True))
-    comparison = LayerComparison(named, layers, names, progress=not quiet, **rows, **reading, **loading)
-    comparison.meta |= {"data": Path(data).name, "texts": len(texts)}
+    reading: Any = {"batch_size": batch_size, "max_length": max_length, "unit": unit, "timeout": timeout}
+    loading: Any = {"dtype": dtype, "one_at_a_time": one_at_a_time, "progress": not quiet, "layers": layers}
+    names = [name.strip() for name in estimators.split(",") if name.strip()]
+    from tdprobe.compare.ranks import launched_ranks
+
+    with launched_ranks(device, timeout) as place:
+        options = {**rows, **reading, **loading, "device": place, "estimators": names}
+        _compare(models, _texts(models, data, field, limit), data, out, save_rows, options)
+
+
+def _compare(
+    models: list[str], texts: list[str], data: str | None, out: Path, save_rows: Path | None, options: dict[str, Any]
+) -> None:
+    from tdprobe.compare import LayerComparison
+    from tdprobe.compare.ranks import Ranks
+
+    parts = out / "parts"
+    kept = parts if Ranks.here().world > 1 or parts.is_dir() else None
+    comparison = LayerComparison(dict(zip(_names(models), models, strict=True)), parts=kept, **options)
+    comparison.meta |= {"data": Path(data).name, "texts": len(texts)} if data else {}
     interrupted = _run(comparison, texts)
-    table = comparison.scores()
-    _write(table, out)
-    typer.echo(f"{table!r}\n{out / 'report.html'}")
+    if comparison.ranks.first:
+        table = comparison.scores()
+        _write(table, out)
+        if save_rows is not None:
+            save_rows.parent.mkdir(parents=True, exist_ok=True)
+            comparison.saved_rows().save(save_rows)
+        typer.echo(f"{table!r}\n{out / 'report.html'}")
+    comparison.finish()
     if interrupted:
         raise typer.Exit(130)
+
+
+def _texts(models: list[str], data: str | None, field: str | None, limit: int | None) -> list[str]:
+    from tdprobe import hf
+
+    if data is not None:
+        return hf.read_texts(data, field=field, limit=limit)
+    if all(Path(model).is_file() for model in models):
+        return []
+    raise ConfigError("--data is missing: give a text file, a JSONL file, or demo, for the models to run on")
 
 
 def _run(comparison: LayerComparison, texts: list[str]) -> bool:
     """Run, and tell whether the user cut it short; an interrupt before the first batch is just that."""
     try:
-        comparison.run(texts)
+        # Rows that were saved have met all texts already.
+        if texts:
+            comparison.run(texts)
     except KeyboardInterrupt:
+        if comparison.kept:
+            typer.echo(f"interrupted; {comparison.kept}", err=True)
+            raise typer.Exit(130) from None
         if not comparison.n_rows:
             typer.echo("interrupted before the first batch was done; nothing is written", err=True)
             raise typer.Exit(130) from None
@@ -142,11 +177,31 @@ def _picture_name(key: tuple[str, str, str], taken: list[str]) -> str:
 
 def _names(models: list[str]) -> list[str]:
     """Shorten paths to their last part where that still tells them apart."""
-    short = [Path(model).resolve().name if os.sep in model and Path(model).exists() else model for model in models]
+    short = [_short(model) for model in models]
     names = short if len(set(short)) == len(short) else models
     if len(set(names)) < len(names):
         raise ConfigError(f"a model is given twice: {', '.join(models)}; each is compared with itself anyway")
     return names
+
+
+def _short(model: str) -> str:
+    path = Path(model)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if os.sep in model and path.exists() else model
+
+
+def _require_one_model(models: list[str], path: Path, one_at_a_time: bool | None) -> bool:
+    """Find out before the work whose rows are to be saved, and that they can be."""
+    running = [model for model in models if not Path(model).is_file()]
+    if len(running) != 1:
+        raise ConfigError(f"--save-rows saves the rows of one model, got {', '.join(running) or 'none'}; save in turns")
+    if one_at_a_time is False:
+        raise ConfigError("--save-rows needs a sample, which --no-one-at-a-time keeps none of; leave one of them out")
+    if path.is_dir():
+        raise ConfigError(f"cannot save rows to {str(path)!r}: it is a folder; add a file name")
+    _require_writable(path.parent)
+    return True
 
 
 def _require_writable(out: Path) -> None:

@@ -27,6 +27,10 @@ class MissingKeyError(TdprobeError, KeyError):
     __str__ = Exception.__str__
 
 
+class RankError(TdprobeError, RuntimeError):
+    """Report that another process of the same run has ended or gone silent."""
+
+
 class CallError(TdprobeError, TypeError):
     """Report a call that lacks an argument, or an argument of the wrong type."""
 

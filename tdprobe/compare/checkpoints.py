@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tdprobe import hf
+from tdprobe.compare.saved import SavedRows
 from tdprobe.errors import ConfigError
 
 # Share of the free memory that checkpoints may take together before they are loaded one at a time.
@@ -36,7 +37,8 @@ class Checkpoint:
 
     Args:
         name: What the table calls it.
-        source: The model, a :class:`tdprobe.hf.LoadedModel`, or a name for :func:`tdprobe.hf.load`.
+        source: The model, a :class:`tdprobe.hf.LoadedModel`, a name for :func:`tdprobe.hf.load`, or
+            :class:`tdprobe.compare.saved.SavedRows`.
         dtype: Dtype to load weights in.
         device: Where to load them.
 
@@ -50,11 +52,16 @@ class Checkpoint:
     device: str | torch.device | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.source, (nn.Module, hf.LoadedModel, str, Path)):
+        if not isinstance(self.source, (nn.Module, hf.LoadedModel, SavedRows, str, Path)):
             raise ConfigError(
-                f"checkpoint {self.name!r} is a {type(self.source).__name__}; give a model, a folder, or "
-                "'name@revision'"
+                f"checkpoint {self.name!r} is a {type(self.source).__name__}; give a model, a folder, "
+                "'name@revision', or a file of saved rows"
             )
+
+    @property
+    def rows(self) -> SavedRows | None:
+        """The rows that stand for a model which is not needed any more."""
+        return self.source if isinstance(self.source, SavedRows) else None
 
     @property
     def is_loaded(self) -> bool:
@@ -94,7 +101,13 @@ def as_checkpoints(
     odd = [name for name in models if not isinstance(name, str) or not name]
     if odd:
         raise ConfigError(f"checkpoints are named by strings, got {odd[0]!r}")
-    return [Checkpoint(name, source, dtype, device) for name, source in models.items()]
+    return [Checkpoint(name, _read(source), dtype, device) for name, source in models.items()]
+
+
+def _read(source: Any) -> Any:
+    # Models are folders or names; a file can only be saved rows, and says what it is otherwise.
+    is_file = isinstance(source, (str, Path)) and source and Path(source).expanduser().is_file()
+    return SavedRows.load(Path(source).expanduser()) if is_file else source
 
 
 def need_one_at_a_time(checkpoints: list[Checkpoint]) -> bool:

@@ -74,6 +74,7 @@ class TextBatches:
     """Tokenized batches that can be walked more than once, such as once per model.
 
     Attributes:
+        batch_size: Texts per batch.
         n_truncated: How many texts were cut at ``max_length``.
         max_length: The cap in tokens that was applied.
     """
@@ -88,7 +89,7 @@ class TextBatches:
         sort_by_length: bool,
     ) -> None:
         _check_arguments(texts, tokenizer, batch_size, max_length)
-        self._texts, self._batch_size, self._device = list(texts), batch_size, device
+        self._texts, self.batch_size, self._device = list(texts), batch_size, device
         # A tokenizer keeps and saves the padding and truncation of its last call; the user's must not.
         self._tokenizer = copy.deepcopy(tokenizer)
         if self._tokenizer.pad_token_id is None:
@@ -105,17 +106,27 @@ class TextBatches:
             self._order.sort(key=lengths.__getitem__)
 
     def __len__(self) -> int:
-        return -(-len(self._order) // self._batch_size)
+        return -(-len(self._order) // self.batch_size)
 
     def __iter__(self) -> Iterator[TextBatch]:
-        for start in range(0, len(self._order), self._batch_size):
-            ids = self._order[start : start + self._batch_size]
-            texts = [self._texts[i] for i in ids]
-            encoding = self._tokenizer(
-                texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-            )
-            inputs = {name: tensor.to(self._device) for name, tensor in encoding.items()}
-            yield TextBatch(inputs, torch.tensor(ids), texts)
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> TextBatch:
+        """Return one batch; the others are not tokenized for it."""
+        if not 0 <= number < len(self):
+            raise IndexError(f"there are {len(self)} batches, got the number {number}")
+        ids = self._order[number * self.batch_size : (number + 1) * self.batch_size]
+        texts = [self._texts[i] for i in ids]
+        encoding = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        inputs = {name: tensor.to(self._device) for name, tensor in encoding.items()}
+        return TextBatch(inputs, torch.tensor(ids), texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts, in the order in which they were given."""
+        return list(self._texts)
 
 
 def batches(

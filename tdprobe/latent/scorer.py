@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -31,24 +31,6 @@ DEFAULT_GROUPS = 8
 DEFAULT_MEMORY = 2 * 2**30
 # Null scores come from a bank: a stream cannot be shuffled.
 NULL_SOURCE = Source(Reservoir())
-
-
-def tokens_text(tokens: Any) -> str:
-    """Say in a table's ``meta`` which tokens counted, without addresses or the values of a mask.
-
-    Example:
-        >>> import torch
-        >>> tokens_text(slice(1, None)), tokens_text(torch.ones(2, 3, dtype=torch.bool)), tokens_text((0, -1))
-        ('1:', 'mask (2, 3)', '0, -1')
-    """
-    if isinstance(tokens, Tensor):
-        return f"mask {tuple(tokens.shape)}"
-    if isinstance(tokens, slice):
-        edges = [tokens.start, tokens.stop] + ([tokens.step] if tokens.step else [])
-        return ":".join("" if edge is None else str(edge) for edge in edges)
-    if isinstance(tokens, (tuple, list)):
-        return ", ".join(map(tokens_text, tokens))
-    return getattr(tokens, "__name__", type(tokens).__name__) if callable(tokens) else str(tokens)
 
 
 @dataclass
@@ -129,7 +111,7 @@ class Scorer:
         Raises:
             StateError: No row has come.
         """
-        totals = {source: held.total() for source, held in self._groups().items()}
+        totals = {source: held.total() for source, held in self.kept().items()}
         return {label: totals[source] for label, source in self._sources.items()}
 
     def scores(self) -> dict[str, Tensor]:
@@ -142,7 +124,7 @@ class Scorer:
 
     def scored(self) -> dict[str, Scored]:
         """Score all layers, with errors, null scores and the rows behind them."""
-        groups = self._groups()
+        groups = self.kept()
         totals: dict[Source, Any] = {source: held.total() for source, held in groups.items()}
         found = score_all(self.estimators, totals, self._sources)
         bad = [name for scores in found.values() for name in not_finite(scores, self.layers)]
@@ -189,6 +171,12 @@ class Scorer:
         pairs = (zip(self.layers, count.tolist(), strict=True) for count in counts if count is not None)
         return {name: count for layers in pairs for name, count in layers if count}
 
+    def resume(self, batch: Batch, states: Iterable[Sequence[State | None]], n: int, dropped: int) -> None:
+        """Go on from `kept` of other such scorers, merged: their layers, without rows, their states and counts."""
+        self._begin(batch)
+        self._states = {key: GroupedState(tuple(held)) for key, held in zip(self._states, states, strict=True)}
+        self.layers, self.n, self._dropped = tuple(batch.rows), n, dropped
+
     def facts(self) -> dict[str, Any]:
         """Return what a table says about the rows and how they were scored."""
         facts = {
@@ -202,7 +190,8 @@ class Scorer:
         # Rows that repeat an earlier one, by layer; estimators of neighbours count them.
         return {**facts, "duplicates": self._duplicates} if self._duplicates else facts
 
-    def _groups(self) -> dict[Source, GroupedState]:
+    def kept(self) -> dict[Source, GroupedState]:
+        """Return what is kept of every row so far, in groups of rows."""
         if self.n == 0:
             raise StateError(
                 "no row has been scored yet: run the model inside the block first, on texts with tokens that tokens= "

@@ -18,11 +18,11 @@ from tdprobe.latent.scorer import (
     Scorer,
     check_portion,
     check_scoring,
-    tokens_text,
 )
 from tdprobe.registry import Mode
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.outliers import check_max_norm
+from tdprobe.stream.tokens import tokens_text
 from tdprobe.tables import ScoreTable
 
 

@@ -10,6 +10,7 @@ from tdprobe.stats.kernels import Kernel, Kernels, KernelTable
 from tdprobe.stats.moments import Moments, MomentsState
 from tdprobe.stats.neighbors import Neighbors, NeighborTable
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.saved import SavedState, load_state, read_state, save_state
 from tdprobe.stats.spectrum import Spectrum, SpectrumTable, renyi_entropy
 from tdprobe.stats.state import Derivation, State, Statistic, layer_list
 from tdprobe.stats.turns import Turns, TurnsState
@@ -33,6 +34,7 @@ __all__ = [
     "Neighbors",
     "Reservoir",
     "ReservoirState",
+    "SavedState",
     "Spectrum",
     "SpectrumTable",
     "State",
@@ -42,6 +44,9 @@ __all__ = [
     "gram_products",
     "jackknife_se",
     "layer_list",
+    "load_state",
     "mean_se",
+    "read_state",
+    "save_state",
     "renyi_entropy",
 ]

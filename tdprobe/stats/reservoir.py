@@ -72,6 +72,11 @@ class ReservoirState(State):
         check_widths(theirs, self._shapes())
         return self._with(other.ids, theirs, other.n_seen)
 
+    def keep(self, index: Int[Tensor, " k"]) -> ReservoirState:
+        """Return the sample with some of its rows only, which have all been seen nevertheless."""
+        rows = by_layer(x.index_select(-2, index.to(x.device)) for x in layer_list(self.rows))
+        return self._replaced(self.ids[index.to(self.ids.device)], rows, 0)
+
     def _shapes(self) -> list[tuple[int, ...]]:
         return [(*x.shape[:-2], x.shape[-1]) for x in layer_list(self.rows)]
 

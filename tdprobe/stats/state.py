@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce, wraps
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -27,6 +28,28 @@ class State(TensorClass):
     def merge(self, other: Self) -> Self:
         """Return the state that one stream over the rows of both would have left."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to merge")
+
+    def save(self, path: str | Path, **about: Any) -> None:  # ty: ignore[incompatible-method-override]
+        """Write the state to one safetensors file, which :func:`tdprobe.stats.load_state` reads.
+
+        Args:
+            path: The file; what was there is replaced when all is written.
+            **about: ``statistic=``, ``layers=`` and ``meta=`` of :func:`tdprobe.stats.save_state`.
+        """
+        from tdprobe.stats.saved import save_state
+
+        save_state(path, self, **about)
+
+    def sync(self, group: Any = None, **options: Any) -> Self:
+        """Return the merged state of all ranks of an initialised process group; every rank calls it.
+
+        Args:
+            group: The group, by default the one of all processes.
+            **options: ``timeout=`` of :func:`tdprobe.stats.sync.synced`.
+        """
+        from tdprobe.stats.sync import synced
+
+        return synced(self, group, **options)
 
 
 S = TypeVar("S", bound=State)

@@ -215,3 +215,21 @@ def _parse_span(text: str) -> slice | int:
         return int(text)
     except ValueError:
         raise ConfigError(unknown("token selection", text, [*WORDS, "start:stop"])) from None
+
+
+def tokens_text(tokens: Any) -> str:
+    """Say in a table's ``meta`` which tokens counted, without addresses or the values of a mask.
+
+    Example:
+        >>> import torch
+        >>> tokens_text(slice(1, None)), tokens_text(torch.ones(2, 3, dtype=torch.bool)), tokens_text((0, -1))
+        ('1:', 'mask (2, 3)', '0, -1')
+    """
+    if isinstance(tokens, Tensor):
+        return f"mask {tuple(tokens.shape)}"
+    if isinstance(tokens, slice):
+        edges = [tokens.start, tokens.stop] + ([tokens.step] if tokens.step else [])
+        return ":".join("" if edge is None else str(edge) for edge in edges)
+    if isinstance(tokens, (tuple, list)):
+        return ", ".join(map(tokens_text, tokens))
+    return getattr(tokens, "__name__", type(tokens).__name__) if callable(tokens) else str(tokens)

@@ -36,7 +36,7 @@ def test_a_single_model_is_called_model() -> None:
     ("models", "problem"),
     [
         ({}, "there is no checkpoint to compare"),
-        ({"a": 3}, "checkpoint 'a' is a int; give a model, a folder, or 'name@revision'"),
+        ({"a": 3}, "checkpoint 'a' is a int; give a model, a folder, 'name@revision', or a file of saved rows"),
         ({"a": nn.Linear(2, 2), "b": None}, "checkpoint 'b' is a NoneType"),
         ([nn.Linear(2, 2)], "checkpoint 'model' is a list"),
         ({"a": nn.Linear}, "checkpoint 'a' is a type"),

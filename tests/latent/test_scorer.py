@@ -15,12 +15,13 @@ from tdprobe.estimator import LayerEstimator, PairEstimator
 from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.representation_similarity import CkaEstimator, cka_matrix
 from tdprobe.latent.score_blocks import Scored, score_blocks
-from tdprobe.latent.scorer import Scorer, tokens_text
+from tdprobe.latent.scorer import Scorer
 from tdprobe.registry import Spec
 from tdprobe.stats.gram import Gram
 from tdprobe.stats.moments import Moments
 from tdprobe.stats.state import Statistic, layer_list
 from tdprobe.stream.batch import Batch
+from tdprobe.stream.tokens import tokens_text
 
 
 def spec(kind: Any, name: str, symmetric: bool = True) -> Spec:
