@@ -6,7 +6,6 @@ import math
 from functools import cached_property
 from itertools import product as pairs_of
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +72,7 @@ class Space:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of fast measures: float32, unless the user has switched its products to TF32 or bfloat16."""
-        return torch.float32 if self.p == 2 and _float32_is_exact(self.rows.device) else torch.float64
+        return torch.float32 if self.p == 2 and float32_is_exact(self.rows.device) else torch.float64
 
     def block(
         self, rows: Int[Tensor, "r"], dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -206,51 +205,9 @@ class Space:
         return float(self._norms.max())
 
 
-def _float32_is_exact(device: torch.device) -> bool:
+def float32_is_exact(device: torch.device) -> bool:
+    """Tell whether products of float32 are computed in float32, and not in TF32 or bfloat16."""
     # There are several switches, by backend, old and new; what they do shows in a product as large as ours.
     left, right = torch.zeros(TILE // 8, SLICE, device=device), torch.ones(SLICE, TILE, device=device)
     left[:, 0] = 1 + 2.0**-20
     return bool((left @ right == left[0, 0]).all())
-
-
-def smallest(block: Float[Tensor, "r u"], k: int) -> tuple[Float[Tensor, "r m"], Int[Tensor, "r m"]]:
-    """Return the k smallest numbers of each row and their places, in any order, without sorting the row.
-
-    The k smallest numbers lie in the k groups of columns with the smallest minima, which cost one pass.
-    """
-    columns = block.shape[1]
-    k = min(k, columns)
-    size = min(24, int((columns / k) ** 0.5))
-    if size < 2:
-        places = _places_of_smallest(block, k)
-        return block.gather(1, places), places
-    groups = columns // size
-    chosen = _places_of_smallest(block[:, : size * groups].unflatten(1, (size, groups)).amin(1), k)
-    steps = groups * torch.arange(size, device=block.device)
-    rest = torch.arange(size * groups, columns, device=block.device).expand(len(block), -1)
-    members = torch.cat([(chosen.unsqueeze(-1) + steps).flatten(1), rest], 1)
-    values = block.gather(1, members)
-    places = _places_of_smallest(values, k)
-    return values.gather(1, places), members.gather(1, places)
-
-
-def _places_of_smallest(values: Tensor, k: int) -> Tensor:
-    if values.device.type != "cpu":
-        return values.topk(k, largest=False, sorted=False).indices
-    # Vectorised selection, which torch does not have on the CPU: a fifth of the time of topk.
-    return torch.from_numpy(np.argpartition(values.numpy(), k - 1, axis=1)[:, :k])
-
-
-def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
-    """Return the places that sort each row; NaN may be anywhere."""
-    if values.device.type != "cpu":
-        return values.argsort(1)
-    if values.dtype != torch.float32:
-        return torch.from_numpy(np.argsort(values.numpy(), axis=1))
-    # Sorting pairs of key and place takes half the time of sorting places by their keys. The bits of a float are in the
-    # order of its values once those of negative numbers are turned round.
-    bits = values.contiguous().view(torch.int32)
-    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
-    keys |= torch.arange(values.shape[1])
-    keys.numpy().sort(axis=1)
-    return keys & 0xFFFFFFFF

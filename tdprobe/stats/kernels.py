@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe.stats.distances import _float32_is_exact
+from tdprobe.stats.distances import float32_is_exact
 from tdprobe.stats.kernel_layer import Fitted, Kernel, Rows
 from tdprobe.stats.pair_sums import PairSums
 from tdprobe.stats.reservoir import ReservoirState
@@ -106,7 +106,7 @@ class Kernels(Derivation):
 def product_dtype(rows: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype for products: `working_dtype`, float64 where the user has switched float32 to TF32."""
     dtype = working_dtype(rows)
-    return dtype if dtype == torch.float64 or _float32_is_exact(rows[0].device) else torch.float64
+    return dtype if dtype == torch.float64 or float32_is_exact(rows[0].device) else torch.float64
 
 
 def as_kernels(state: ReservoirState | KernelTable, wanted: Kernels) -> KernelTable:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
-from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space, ascending
+from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.nearest import Nearest
+from tdprobe.stats.order import ascending
 
 # Points in doubt that are measured at once.
 MEMBERS = 2**14

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
-from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space, ascending, smallest
+from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
+from tdprobe.stats.order import ascending, smallest
 
 # Candidates beyond the wanted ones: as many as settle almost every row, then as many as settle small clusters.
 MARGINS = {torch.float32: 4, torch.float64: 60}

@@ -13,7 +13,8 @@ from neighbor_tools import hard_layers, imbalance, neighbour_distances
 from tdprobe.errors import ConfigError
 from tdprobe.stats import Neighbors, Reservoir, nearest, neighbors
 from tdprobe.stats import distances as distances_module
-from tdprobe.stats.distances import Space, smallest
+from tdprobe.stats.distances import Space
+from tdprobe.stats.order import smallest
 
 LAYERS = hard_layers()
 SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() for side in "ab"}

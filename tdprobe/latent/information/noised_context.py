@@ -18,13 +18,13 @@ from tdprobe.latent.information.noise import FeatureMoments, NoiseLevels, draw
 from tdprobe.latent.information.noised_estimator import BOUNDS, NoisedInformationEstimator
 from tdprobe.latent.layer_stream import StreamContext
 from tdprobe.latent.score_blocks import score_blocks
-from tdprobe.latent.scorer import DEFAULT_PORTION, Scorer, tokens_text
+from tdprobe.latent.scorer import DEFAULT_PORTION, Scorer
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.call import Call
 from tdprobe.stream.edits import write_rows
 from tdprobe.stream.outliers import without_outliers
 from tdprobe.stream.rows import token_rows
-from tdprobe.stream.tokens import Selection
+from tdprobe.stream.tokens import Selection, tokens_text
 from tdprobe.tables import ScoreTable
 
 if TYPE_CHECKING:

@@ -13,10 +13,11 @@ from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
 from tdprobe.registry import Mode, Spec, check_mode, register
-from tdprobe.stats.distances import TIE, smallest
+from tdprobe.stats.distances import TIE
 from tdprobe.stats.jackknife import jackknife_se
 from tdprobe.stats.kernel_layer import Rows
 from tdprobe.stats.kernels import BLOCK, BUDGET, EPS, GROUPS, product_dtype
+from tdprobe.stats.order import smallest
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.state import Statistic, layer_list
 from tdprobe.stream.batch import Batch
