@@ -97,7 +97,7 @@ class TestStandardErrors:
     def test_leaving_out_a_group_is_scoring_the_others(self):
         rows = {"a": normal(200, 3), "b": normal(200, 4, seed=1)}
         scoring = push(scorer("cka", groups=5), rows)
-        held = next(iter(scoring._groups().values()))
+        held = next(iter(scoring.kept().values()))
         for place, state in enumerate(held.without()):
             others = [part for other, part in enumerate(held.filled) if other != place]
             assert int(state.n) == sum(int(part.n) for part in others)
@@ -292,7 +292,7 @@ class TestSupervised:
         with scoring.prepare(tiny_llama) as hooked, torch.no_grad():
             hooked(input_ids=ids, attention_mask=mask, attributes=label)
         context = hooked.hooking_context
-        (held,) = context.scorer._groups().values()
+        (held,) = context.scorer.kept().values()
         state = held.total()
         targets = layer_list(state.rows)[-1]
         assert sorted(targets.flatten().tolist()) == sorted(label.repeat_interleave(mask.sum(1)).tolist())
