@@ -32,9 +32,12 @@ def stream(model: nn.Module, inputs: Sequence[dict[str, Tensor]]) -> Any:
     return hooked.hooking_context.scores()
 
 
+@torch.no_grad()
 def hold(tiny: int) -> None:
-    """Load the model and do nothing with it."""
-    language_model(Setup(tiny=bool(tiny)))
+    """Load the model and run it, so that its weights are in memory and not only on disk."""
+    torch.set_num_threads(1)
+    model = language_model(Setup(tiny=bool(tiny)))
+    forward(model, random_batches(model, 1))
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -10,40 +11,40 @@ from torch import Tensor
 
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import Estimator, score_all
-from tdprobe.latent.kept_states import GroupedState, Source
+from tdprobe.latent.kept_states import GroupedState
 from tdprobe.stats.jackknife import jackknife_se
+from tdprobe.stats.state import State
 
 
-def group_errors(
-    estimators: Mapping[str, Estimator],
-    sources: Mapping[str, Source],
-    groups: Mapping[Source, GroupedState],
-    found: Mapping[str, TensorDict],
-) -> dict[str, Tensor]:
-    """Estimate the errors of scores where an estimator does not tell them itself.
+def score_groups(
+    estimators: Mapping[str, Estimator], held: GroupedState
+) -> tuple[dict[str, TensorDict], dict[str, Tensor], int]:
+    """Score what a source keeps, and estimate the errors of scores where an estimator does not tell them itself.
 
     Args:
-        estimators: By label.
-        sources: What each estimator reads.
-        groups: The states of each source.
-        found: What `Estimator.score` returned for all rows.
+        estimators: Those that read the source, by label.
+        held: Its state, in groups of rows.
 
     Returns:
-        Standard errors by label, for states that are kept in groups.
+        By label: what `Estimator.score` returned, and standard errors for a state that is kept in groups; and the
+        number of rows.
     """
+    found, n = _scored(estimators, held.total())
+    named = {label: item for label, item in estimators.items() if "se" not in found[label].keys()}
+    if not named or len(held.filled) < 2:
+        return found, {}, n
+    try:
+        replicas = [_scored(named, state)[0] for state in held.without()]
+    except ConfigError:
+        # Too few rows are left to score without a group.
+        return found, {}, n
+    sizes = torch.tensor(held.sizes, dtype=torch.float64)
     errors = {}
-    for source, held in groups.items():
-        own = {label: estimators[label] for label, read in sources.items() if read == source}
-        named = {label: item for label, item in own.items() if "se" not in found[label].keys()}
-        if not named or len(held.filled) < 2:
-            continue
-        sizes = torch.tensor(held.sizes, dtype=torch.float64)
-        try:
-            replicas = [score_all(named, {source: state}, dict.fromkeys(named, source)) for state in held.without()]
-        except ConfigError:
-            # Too few rows are left to score without a group.
-            continue
-        for label in named:
-            without = torch.stack([replica[label]["score"] for replica in replicas])
-            errors[label] = jackknife_se(found[label]["score"], without, sizes)
-    return errors
+    for label in named:
+        without = torch.stack([replica[label]["score"] for replica in replicas])
+        errors[label] = jackknife_se(found[label]["score"], without, sizes)
+    return found, errors, n
+
+
+def _scored(estimators: Mapping[str, Estimator], state: State) -> tuple[dict[str, TensorDict], int]:
+    return score_all(estimators, {"": state}, dict.fromkeys(estimators, "")), int(cast("Any", state).n)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from tdprobe.stats.state import State, Statistic
 from tdprobe.stream.batch import Batch
 
 # Bytes that groups of rows may take beyond a single state.
-GROUP_BUDGET = 2**30
+GROUP_BUDGET = 2**28
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,21 @@ class GroupedState:
         """Merge all groups."""
         return reduce(lambda a, b: a.merge(b), self.filled)
 
-    def without(self) -> list[State]:
-        """Merge all groups but one, for each of them: two merges each, not as many as there are groups."""
-        filled = self.filled
-        heads = list(accumulate(filled[:-1], lambda a, b: a.merge(b)))
-        tails = list(accumulate(filled[:0:-1], lambda a, b: b.merge(a)))[::-1]
-        inner = [head.merge(tail) for head, tail in zip(heads[:-1], tails[1:], strict=True)]
-        return [tails[0], *inner, heads[-1]] if len(filled) > 1 else []
+    def without(self) -> Iterator[State]:
+        """Merge all groups but one, for each of them; no more than a few states are there at a time."""
+        yield from _without(self.filled, None)
+
+
+def _without(parts: list[State], others: State | None) -> Iterator[State]:
+    """Halve the groups: what is outside of a half is shared by all groups in it."""
+    if len(parts) == 1:
+        if others is not None:
+            yield others
+        return
+    halves = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+    for half, rest in (halves, halves[::-1]):
+        outside = reduce(lambda a, b: a.merge(b), rest)
+        yield from _without(half, outside if others is None else others.merge(outside))
 
 
 def source_of(estimator: Estimator, batch: Batch, budget: float) -> Source:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,12 +11,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import CallError, ConfigError, StateError, unknown
-from tdprobe.estimator import Estimator, not_finite, score_all, warn_not_finite
-from tdprobe.latent.group_errors import group_errors
+from tdprobe.estimator import Estimator, not_finite, warn_not_finite
+from tdprobe.latent.group_errors import score_groups
 from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, source_of, with_rows
 from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
 from tdprobe.latent.score_blocks import Scored
-from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
@@ -124,40 +124,39 @@ class Scorer:
 
     def scored(self) -> dict[str, Scored]:
         """Score all layers, with errors, null scores and the rows behind them."""
-        groups = self.kept()
-        totals: dict[Source, Any] = {source: held.total() for source, held in groups.items()}
-        found = score_all(self.estimators, totals, self._sources)
-        bad = [name for scores in found.values() for name in not_finite(scores, self.layers)]
+        self._require_rows()
+        found: dict[str, Scored] = {}
+        notes: list[TensorDict] = []
+        # One source after the other, so that what is merged for one is gone before the next.
+        for source, named in self._readers().items():
+            scores, errors, n = score_groups(named, self.kept([source])[source])
+            notes += scores.values()
+            for label, one in scores.items():
+                se = one.get("se", errors.get(label))
+                found[label] = Scored(one["score"], n, source.statistic.route, se)
+        bad = [name for scores in notes for name in not_finite(scores, self.layers)]
         warn_not_finite(list(dict.fromkeys(bad)))
-        self._duplicates = self._repeats(found.values())
-        errors = group_errors(self.estimators, self._sources, groups, found)
-        nulls = self._nulls(totals, found)
-        return {
-            label: Scored(
-                scores["score"],
-                int(totals[self._sources[label]].n),
-                self._sources[label].statistic.route,
-                scores.get("se", errors.get(label)),
-                nulls.get(label),
-            )
-            for label, scores in found.items()
-        }
+        self._duplicates = self._repeats(notes)
+        for label, null in self._nulls(dict(found)) if self.null else ():
+            found[label] = replace(found[label], null=null)
+        return {label: found[label] for label in self.estimators}
 
-    def _nulls(self, totals: Mapping[Source, Any], found: Mapping[str, TensorDict]) -> dict[str, Null]:
-        if not self.null:
-            return {}
-        bank: ReservoirState = totals[NULL_SOURCE]
-        nulls = {}
-        for source in dict.fromkeys(self._sources.values()):
-            own = {label: self.estimators[label] for label, read in self._sources.items() if read == source}
-            pairs = {label: item for label, item in own.items() if item.spec.kind == "pair"}
+    def _readers(self) -> dict[Source, dict[str, Estimator]]:
+        found: dict[Source, dict[str, Estimator]] = {}
+        for label, source in self._sources.items():
+            found.setdefault(source, {})[label] = self.estimators[label]
+        return found
+
+    def _nulls(self, scored: Mapping[str, Scored]) -> Iterator[tuple[str, Null]]:
+        bank: Any = self.kept([NULL_SOURCE])[NULL_SOURCE].total()
+        for source, named in self._readers().items():
+            pairs = {label: item for label, item in named.items() if item.spec.kind == "pair"}
             if not pairs:
                 continue
             chunk = source.most_layers([x.shape[-1] for x in layer_list(bank.rows)], self.memory_budget) // 2
             drawn = permutation_null(bank, self.null, partial(self._scored_alike, pairs, source), max(1, chunk))
             for label, item in pairs.items():
-                nulls[label] = compare_with_null(found[label]["score"], drawn[label], item.spec)
-        return nulls
+                yield label, compare_with_null(scored[label].score, drawn[label], item.spec)
 
     def _scored_alike(self, estimators: Mapping[str, Estimator], source: Source, batch: Batch) -> dict[str, Tensor]:
         """Score other rows by the same route."""
@@ -190,15 +189,19 @@ class Scorer:
         # Rows that repeat an earlier one, by layer; estimators of neighbours count them.
         return {**facts, "duplicates": self._duplicates} if self._duplicates else facts
 
-    def kept(self) -> dict[Source, GroupedState]:
-        """Return what is kept of every row so far, in groups of rows."""
+    def kept(self, sources: Iterable[Source] | None = None) -> dict[Source, GroupedState]:
+        """Return what is kept of every row so far, in groups of rows; of some sources, or all."""
+        self._require_rows()
+        rest = self._rest()
+        states = self._states if sources is None else {source: self._states[source] for source in sources}
+        return with_rows(states, rest) if rest is not None else states
+
+    def _require_rows(self) -> None:
         if self.n == 0:
             raise StateError(
                 "no row has been scored yet: run the model inside the block first, on texts with tokens that tokens= "
                 "and skip_first= leave to be scored"
             )
-        rest = self._rest()
-        return with_rows(self._states, rest) if rest is not None else self._states
 
     def _rest(self) -> Batch | None:
         return self._ordinary(self._buffer.rest()) if self._buffer.n else None

@@ -131,7 +131,7 @@ class TestStandardErrors:
 
     def test_one_group_has_no_other(self):
         state = Moments().update(Moments().init([normal(9, 2)], IDS[:9]), [normal(9, 2)], IDS[:9])
-        assert GroupedState((None, state)).without() == [] and GroupedState((None, state)).total() is state
+        assert list(GroupedState((None, state)).without()) == [] and GroupedState((None, state)).total() is state
 
 
 class TestNulls:
