@@ -30,12 +30,25 @@ def test_tokens_with_massive_activations_decide_the_picture_of_the_layers() -> N
 
 
 def test_similarity_to_the_final_checkpoint_rises_with_the_step() -> None:
-    found = run("plot_02_training_checkpoints", "table", "gap", "layers")
+    found = run("plot_02_training_checkpoints", "table", "gap", "layers", "similarity", "errors")
     table = ScoreTable.from_json(found["table"])
-    curves = np.array([found["curves"][layer] for layer in found["layers"]])
-    assert curves.shape == (4, 6) and found["figures"] == 2
-    assert (np.diff(curves, axis=1) > 0).all() and curves[:, -1] == pytest.approx(1)
-    assert (curves[0, :-1] == curves[:, :-1].max(0)).all()
+    similarity, errors = (
+        {measure: np.array([curves[layer] for layer in found["layers"]]) for measure, curves in found[key].items()}
+        for key in ("similarity", "errors")
+    )
+    assert list(similarity) == ["cka", "procrustes", "mutual_knn", "information_imbalance"] and found["figures"] == 2
+    for measure, values in similarity.items():
+        closer = values if measure in ("cka", "mutual_knn") else -values
+        assert closer.shape == errors[measure].shape == (4, 6) and (errors[measure][:, :-1] > 0).all()
+        assert (np.diff(closer, axis=1) > 0).all() and (closer[0, :-1] == closer[:, :-1].max(0)).all(), measure
+    assert similarity["cka"][:, -1] == pytest.approx(1) and similarity["procrustes"][:, -1] == pytest.approx(
+        0, abs=0.01
+    )
+    # Half-way by CKA at step 25; neighbours settle last.
+    cka, common, imbalance = (similarity[name] for name in ("cka", "mutual_knn", "information_imbalance"))
+    assert cka[:, 1].min() > 0.45 and common[:, 1].max() < 0.3
+    assert cka[:, 4].min() > 0.9 and common[:, 4].min() > 0.45 and common[:, 4].max() < 0.72
+    assert imbalance[:, 4].max() < 0.05 and imbalance[0, 0] < 0.25
     start, middle, late = (table.matrix("cka", step, "step 400") for step in ("step 0", "step 100", "step 200"))
     assert start.max() < 0.5
     assert (middle.argmax(1) == 0).all()
