@@ -89,6 +89,15 @@ class Scorer:
             self._states = with_rows(self._states, kept) if kept is not None else self._states
             self._dropped += portion.n - (kept.n if kept is not None else 0)
 
+    def flush(self) -> None:
+        """End a part of the stream: what is left of its rows becomes a portion, if they are enough for one."""
+        rest = self._rest() if self._buffer.n >= MIN_ROWS else None
+        if rest is None:
+            return
+        self._states = with_rows(self._states, rest)
+        self._dropped += self._buffer.n - rest.n
+        self._buffer.clear()
+
     def _begin(self, batch: Batch) -> None:
         sources = dict(self.routes) if self.routes is not None else self._chosen(batch)
         widths = [x.shape[-1] for x in batch.rows.values()]

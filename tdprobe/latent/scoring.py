@@ -46,6 +46,11 @@ class ScoringContext(StreamContext):
         """Add the rows of one finished forward pass."""
         self.scorer.push(batch)
 
+    def _leave(self, error: BaseException | None = None) -> None:
+        super()._leave(error)
+        if error is None:
+            self.scorer.flush()
+
     @property
     def n_rows(self) -> int:
         """Rows that every layer has contributed so far."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from tdprobe.errors import ConfigError
 from tdprobe.stream.batch import Batch
 
@@ -45,6 +47,11 @@ class RowBuffer:
             # Dropped only when the consumer comes back: an interrupted update must not lose rows.
             self._parts = [whole.select(slice(cut, None))]
             self.n = whole.n - cut
+
+    def clear(self) -> None:
+        """Forget what has not been handed on, but not which layers there are."""
+        self._parts = [self.rest().select(torch.zeros(0, dtype=torch.long))]
+        self.n = 0
 
     def rest(self) -> Batch:
         """Return what has not been handed on, and keep it."""

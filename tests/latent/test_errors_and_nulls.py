@@ -322,3 +322,32 @@ def test_a_null_takes_the_route_of_the_score_in_parts_where_memory_is_short():
     assert short.route == enough.route == "cross-covariances"
     torch.testing.assert_close(short.null.mean, enough.null.mean, rtol=1e-9, atol=0)
     torch.testing.assert_close(short.null.p, enough.null.p)
+
+
+class TestEndOfABlock:
+    def test_scores_are_the_same_inside_and_after_and_the_stream_goes_on(self):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        x = torch.randn(90, 4, generator=torch.Generator().manual_seed(0))
+        with LayerScoring(r"\d", rows_per_update=30, max_norm=None).prepare(model) as hooked:
+            hooked(x[:50])
+            inside = hooked.scores().matrix()
+        context = hooked.hooking_context
+        assert context.scorer._buffer.n == 0
+        np.testing.assert_array_equal(hooked.scores().matrix(), inside)
+        with context:
+            hooked(x[50:])
+        assert context.n_rows == 90 and int(context.scorer.states()["cka"].n) == 90
+
+    def test_an_error_keeps_the_rows_that_wait_for_more(self):
+        model = nn.Sequential(nn.Linear(4, 4))
+        scoring = LayerScoring("0", rows_per_update=30, max_norm=None).prepare(model)
+        with pytest.raises(KeyboardInterrupt), scoring as hooked:
+            hooked(torch.randn(20, 4))
+            raise KeyboardInterrupt
+        assert scoring.scorer._buffer.n == 20
+
+    def test_other_layers_are_refused_after_a_block_too(self):
+        found = push(scorer("cka"), {"a": normal(40, 3), "b": normal(40, 3)})
+        found.flush()
+        with pytest.raises(ConfigError, match="'b' did not run"):
+            push(found, {"a": normal(10, 3)})
