@@ -24,7 +24,7 @@ def gram(x, kernel="linear", bandwidth=1.0, center=False, normalize_rows=False):
         gaps = np.array([[((a - b) ** 2).sum() for b in x] for a in x])
         median = np.sort(gaps[np.triu_indices(len(x), 1)])
         median = median[median > 0]
-        k = np.exp(-gaps / (2 * bandwidth**2 * median[(len(median) - 1) // 2]))
+        k = np.exp(-gaps / (2 * bandwidth**2 * np.median(median)))
     if center:
         h = np.eye(len(x)) - 1 / len(x)
         k = h @ k @ h

@@ -111,3 +111,23 @@ def test_a_wrong_spec_is_refused(change, message):
 def test_specs_are_values():
     assert dataclasses.replace(SPEC) == SPEC and hash(dataclasses.replace(SPEC)) == hash(SPEC)
     assert dataclasses.replace(SPEC, cost="n^2") != SPEC
+
+
+MEASURES = """
+cka procrustes cca svcca pwcca linear_regression gulp rsa distance_correlation information_imbalance mutual_knn jaccard
+cknna second_order_cosine rank_similarity twonn mle local_knn gride corr_int local_pca
+participation_ratio effective_rank
+"""
+
+
+@pytest.mark.parametrize("name", MEASURES.split())
+def test_every_measure_of_similarity_and_dimension_has_modes(name):
+    cls = registry.get(name)
+    assert (cls().mode, registry.streaming(name).mode, registry.streaming(name, "strict").mode) == (
+        "strict",
+        "robust",
+        "strict",
+    )
+    assert "mode='robust'" in repr(cls(mode="robust"))
+    with pytest.raises(ConfigError, match="unknown mode 'robst'; did you mean 'robust'"):
+        cls(mode="robst")

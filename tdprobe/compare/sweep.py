@@ -25,7 +25,8 @@ from tdprobe.errors import ConfigError, StateError
 from tdprobe.estimator import Estimator
 from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.score_blocks import score_blocks
-from tdprobe.latent.scorer import DEFAULT_MAX_NORM, DEFAULT_PORTION, Scorer, check_scoring
+from tdprobe.latent.scorer import Scorer
+from tdprobe.latent.scoring_options import DEFAULT_MAX_NORM, DEFAULT_PORTION, check_scoring
 from tdprobe.registry import Mode
 from tdprobe.stats.sync import DEFAULT_TIMEOUT
 from tdprobe.stream.outliers import MIN_ROWS

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDict
 
+from tdprobe.errors import ConfigError
 from tdprobe.stats.state import Derivation
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ def score_all(
     estimators: Mapping[str, Estimator],
     states: Mapping[Any, Any],
     sources: Mapping[str, Hashable] | None = None,
+    failed: dict[str, ConfigError] | None = None,
 ) -> dict[str, TensorDict]:
     """Score states with several estimators, and work out once what they have in common.
 
@@ -25,9 +28,13 @@ def score_all(
         estimators: By label.
         states: By the statistics of the estimators, or by whatever ``sources`` says.
         sources: Which state each estimator reads, by label.
+        failed: Takes what estimators say that cannot score these states, by label; without it that is raised.
 
     Returns:
         What `Estimator.score` returns, by label.
+
+    Raises:
+        ConfigError: An estimator cannot score, and there is no ``failed``.
     """
     if sources is None:
         sources = {label: estimator.statistic() for label, estimator in estimators.items()}
@@ -35,17 +42,29 @@ def score_all(
     chosen: dict[str, tuple[Hashable, int] | None] = {}
     for label, estimator in estimators.items():
         source = sources[label]
-        wanted = estimator.derivation(states[source])
-        chosen[label] = None if wanted is None else (source, _join(derivations.setdefault(source, []), wanted))
+        with _noted(label, failed):
+            wanted = estimator.derivation(states[source])
+            chosen[label] = None if wanted is None else (source, _join(derivations.setdefault(source, []), wanted))
     derived = {
         (source, place): derivation(states[source])
         for source, found in derivations.items()
         for place, derivation in enumerate(found)
     }
-    return {
-        label: estimators[label].score(states[sources[label]] if key is None else derived[key])
-        for label, key in chosen.items()
-    }
+    found = {}
+    for label, key in chosen.items():
+        with _noted(label, failed):
+            found[label] = estimators[label].score(states[sources[label]] if key is None else derived[key])
+    return found
+
+
+@contextmanager
+def _noted(label: str, failed: dict[str, ConfigError] | None) -> Generator[None]:
+    try:
+        yield
+    except ConfigError as error:
+        if failed is None:
+            raise
+        failed[label] = error
 
 
 def _join(derivations: list[Derivation], wanted: Derivation) -> int:

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase, is_tensor_collection
 from torch import nn
 
 from tdprobe.contexts import HookingContext
-from tdprobe.errors import CallError, StateError
+from tdprobe.errors import CallError, StateError, closest
 from tdprobe.hooks import Hook
 from tdprobe.latent.items import read_items, top_names
 from tdprobe.modules import HookedModule, NamedModule
@@ -70,10 +70,7 @@ class ItemContext(HookingContext):
         if self.keys and not (args and is_tensor_collection(args[0])):
             missing = [key for key in self.keys if key not in own]
             if missing:
-                raise CallError(
-                    f"this context reads {_listed(self.keys)} from each call, and {_listed(missing)} is "
-                    "missing; pass a TensorDict with them, or keywords: hooked(x, labels=y, step_type='fit')"
-                )
+                raise CallError(_lacking(self.keys, missing, kwargs))
             self._announce(own)
         try:
             yield
@@ -142,6 +139,19 @@ class ItemModule(HookedModule):
         context.require_active("call the hooked module")
         with context.bringing(args, kwargs, own):
             return super().forward(*args, **kwargs)
+
+
+def _lacking(keys: Sequence[Any], missing: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    near = [name for key in missing for name in closest(str(key), kwargs)]
+    hint = f" (the call has {_listed(near)}: is that a typing error?)" if near else ""
+    # A tuple is a nested key, which only a TensorDict can hold.
+    words = [f"{key}=..." for key in keys if isinstance(key, str)]
+    how = f", or keywords: hooked(x, {', '.join(words)})" if len(words) == len(keys) else ""
+    verb = "is" if len(missing) == 1 else "are"
+    return (
+        f"this context reads {_listed(keys)} from each call, and {_listed(missing)} {verb} missing{hint}; "
+        f"pass a TensorDict with them{how}"
+    )
 
 
 def _listed(keys: Sequence[Any]) -> str:

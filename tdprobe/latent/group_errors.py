@@ -17,20 +17,21 @@ from tdprobe.stats.state import State
 
 
 def score_groups(
-    estimators: Mapping[str, Estimator], held: GroupedState
+    estimators: Mapping[str, Estimator], held: GroupedState, failed: dict[str, ConfigError] | None = None
 ) -> tuple[dict[str, TensorDict], dict[str, Tensor], int]:
     """Score what a source keeps, and estimate the errors of scores where an estimator does not tell them itself.
 
     Args:
         estimators: Those that read the source, by label.
         held: Its state, in groups of rows.
+        failed: Takes what estimators say that cannot score these rows, by label; without it that is raised.
 
     Returns:
         By label: what `Estimator.score` returned, and standard errors for a state that is kept in groups; and the
         number of rows.
     """
-    found, n = _scored(estimators, held.total())
-    named = {label: item for label, item in estimators.items() if "se" not in found[label].keys()}
+    found, n = _scored(estimators, held.total(), failed)
+    named = {label: estimators[label] for label, scores in found.items() if "se" not in scores.keys()}
     if not named or len(held.filled) < 2:
         return found, {}, n
     try:
@@ -46,5 +47,7 @@ def score_groups(
     return found, errors, n
 
 
-def _scored(estimators: Mapping[str, Estimator], state: State) -> tuple[dict[str, TensorDict], int]:
-    return score_all(estimators, {"": state}, dict.fromkeys(estimators, "")), int(cast("Any", state).n)
+def _scored(
+    estimators: Mapping[str, Estimator], state: State, failed: dict[str, ConfigError] | None = None
+) -> tuple[dict[str, TensorDict], int]:
+    return score_all(estimators, {"": state}, dict.fromkeys(estimators, ""), failed), int(cast("Any", state).n)

@@ -68,7 +68,7 @@ def _cut(
         names = estimator.target_names(values.shape[1])
         key = ", ".join(map(str, estimator.target_keys))
         for a, rows in places.items():
-            yield ScoreBlock(label, a, key, layers[a], names, symmetric=False, **part(rows))
+            yield ScoreBlock(label, a, key, layers[a], names, symmetric=False, columns="targets", **part(rows))
     elif values.ndim == 1:
         for a, rows in places.items():
             yield ScoreBlock(label, a, a, layers[a], None, **part(rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,25 +11,27 @@ from typing import Any
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe.errors import CallError, ConfigError, StateError, unknown
+from tdprobe.errors import ConfigError, StateError
 from tdprobe.estimator import Estimator, not_finite, warn_not_finite
 from tdprobe.latent.group_errors import score_groups
 from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, source_of, with_rows
 from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
 from tdprobe.latent.score_blocks import Scored
+from tdprobe.latent.scoring_options import (
+    DEFAULT_GROUPS,
+    DEFAULT_MAX_NORM,
+    DEFAULT_MEMORY,
+    DEFAULT_PORTION,
+    check_portion,
+    check_scoring,
+)
+from tdprobe.latent.unscored import repeated_rows, warn_left_out, warn_nan_layers
 from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
 from tdprobe.stream.outliers import MIN_ROWS, check_max_norm, without_outliers
 
-DEFAULT_PORTION = 512
-# Four median lengths: in language models scores no longer depend on the limit from here down, and rows that are normal
-# in two or more dimensions are this long less than once in 50,000.
-DEFAULT_MAX_NORM = 4.0
-# Groups of rows that are left out in turn to see how much scores vary.
-DEFAULT_GROUPS = 8
-DEFAULT_MEMORY = 2 * 2**30
 # Null scores come from a bank: a stream cannot be shuffled.
 NULL_SOURCE = Source(Reservoir())
 
@@ -59,6 +62,7 @@ class Scorer:
     n: int = 0
     _dropped: int = 0
     _duplicates: dict[str, int] = field(default_factory=dict)
+    _left_out: dict[str, str] = field(default_factory=dict)
     _sources: dict[str, Source] = field(default_factory=dict)
     _states: dict[Source, GroupedState] = field(default_factory=dict)
     _buffer: RowBuffer = field(init=False)
@@ -66,7 +70,7 @@ class Scorer:
     def __post_init__(self) -> None:
         check_max_norm(self.max_norm)
         check_portion(self.portion)
-        check_scoring({"groups": self.groups, "null": self.null})
+        check_scoring({"groups": self.groups, "null": self.null, "memory_budget": self.memory_budget})
         self._buffer = RowBuffer(self.portion)
 
     def push(self, batch: Batch) -> None:
@@ -132,23 +136,33 @@ class Scorer:
         return {label: scored.score for label, scored in self.scored().items()}
 
     def scored(self) -> dict[str, Scored]:
-        """Score all layers, with errors, null scores and the rows behind them."""
+        """Score all layers, with errors, null scores and the rows behind them.
+
+        Estimators that cannot score these rows are left out, with a warning.
+
+        Raises:
+            StateError: No row has come.
+            ConfigError: No estimator can score these rows.
+        """
         self._require_rows()
         found: dict[str, Scored] = {}
-        notes: list[TensorDict] = []
+        notes: dict[str, TensorDict] = {}
+        failed: dict[str, ConfigError] = {}
         # One source after the other, so that what is merged for one is gone before the next.
         for source, named in self._readers().items():
-            scores, errors, n = score_groups(named, self.kept([source])[source])
-            notes += scores.values()
+            scores, errors, n = score_groups(named, self.kept([source])[source], failed)
+            notes |= scores
             for label, one in scores.items():
                 se = one.get("se", errors.get(label))
                 found[label] = Scored(one["score"], n, source.statistic.route, se)
-        bad = [name for scores in notes for name in not_finite(scores, self.layers)]
+        self._left_out = warn_left_out(failed, notes)
+        bad = [name for scores in notes.values() for name in not_finite(scores, self.layers)]
         warn_not_finite(list(dict.fromkeys(bad)))
-        self._duplicates = self._repeats(notes)
+        warn_nan_layers(notes, self.estimators, self.layers)
+        self._duplicates = repeated_rows(notes, self.layers)
         for label, null in self._nulls(dict(found)) if self.null else ():
             found[label] = replace(found[label], null=null)
-        return {label: found[label] for label in self.estimators}
+        return {label: found[label] for label in self.estimators if label in found}
 
     def _readers(self) -> dict[Source, dict[str, Estimator]]:
         found: dict[Source, dict[str, Estimator]] = {}
@@ -159,7 +173,7 @@ class Scorer:
     def _nulls(self, scored: Mapping[str, Scored]) -> Iterator[tuple[str, Null]]:
         bank: Any = self.kept([NULL_SOURCE])[NULL_SOURCE].total()
         for source, named in self._readers().items():
-            pairs = {label: item for label, item in named.items() if item.spec.kind == "pair"}
+            pairs = {label: item for label, item in named.items() if item.spec.kind == "pair" and label in scored}
             if not pairs:
                 continue
             chunk = source.most_layers([x.shape[-1] for x in layer_list(bank.rows)], self.memory_budget) // 2
@@ -172,12 +186,10 @@ class Scorer:
         portion = min(self.portion, max(batch.n, MIN_ROWS))
         scorer = Scorer(estimators, portion, None, 0, 0, routes=dict.fromkeys(estimators, source))
         scorer.push(batch)
-        return scorer.scores()
-
-    def _repeats(self, found: Iterable[TensorDict]) -> dict[str, int]:
-        counts = (scores.get("duplicates", None) for scores in found)
-        pairs = (zip(self.layers, count.tolist(), strict=True) for count in counts if count is not None)
-        return {name: count for layers in pairs for name, count in layers if count}
+        with warnings.catch_warnings():
+            # What there is to say has been said of the rows as they are, once.
+            warnings.simplefilter("ignore")
+            return scorer.scores()
 
     def resume(self, batch: Batch, states: Iterable[Sequence[State | None]], n: int, dropped: int) -> None:
         """Go on from `kept` of other such scorers, merged: their layers, without rows, their states and counts."""
@@ -194,9 +206,9 @@ class Scorer:
             "max_norm": self.max_norm,
             "rows_per_update": self.portion,
         }
-        facts = {**facts, "permutations": self.null} if self.null else facts
-        # Rows that repeat an earlier one, by layer; estimators of neighbours count them.
-        return {**facts, "duplicates": self._duplicates} if self._duplicates else facts
+        # Rows that repeat an earlier one, by layer, which estimators of neighbours count; estimators without a score.
+        more = {"permutations": self.null, "duplicates": self._duplicates, "left_out": self._left_out}
+        return facts | {name: value for name, value in more.items() if value}
 
     def kept(self, sources: Iterable[Source] | None = None) -> dict[Source, GroupedState]:
         """Return what is kept of every row so far, in groups of rows; of some sources, or all."""
@@ -220,32 +232,3 @@ class Scorer:
         # Too few to be worth an update of their own; without any other rows, the estimator will say so.
         begun = any(held.filled for held in self._states.values())
         return None if kept.n < MIN_ROWS and (begun or not kept.n) else kept
-
-
-def check_portion(portion: Any) -> None:
-    """Refuse portions that are too small to be compared within.
-
-    Raises:
-        ConfigError: It is no int of at least 8.
-    """
-    if isinstance(portion, bool) or not isinstance(portion, int) or portion < MIN_ROWS:
-        raise ConfigError(f"rows_per_update is a number of rows (an int of at least {MIN_ROWS}), got {portion!r}")
-
-
-def check_scoring(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for errors, nulls and memory, with their defaults.
-
-    Raises:
-        ConfigError: ``groups`` is neither 0 nor an int from 3 on, ``null`` is no int from 0 on, or another name.
-    """
-    found = {"groups": DEFAULT_GROUPS, "null": 0, "memory_budget": DEFAULT_MEMORY}
-    for name in options:
-        if name not in found:
-            raise CallError(unknown("argument", name, found))
-    found |= options
-    groups, null = found["groups"], found["null"]
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 0 or groups in (1, 2):
-        raise ConfigError(f"groups of rows for standard errors are 0 (none) or an int from 3 on, got {groups!r}")
-    if isinstance(null, bool) or not isinstance(null, int) or null < 0:
-        raise ConfigError(f"null counts permutations (an int from 0 on, such as 99), got {null!r}")
-    return found

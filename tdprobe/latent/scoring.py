@@ -10,12 +10,12 @@ from tdprobe.latent.call_items import ItemModule
 from tdprobe.latent.estimator_list import resolve_estimators
 from tdprobe.latent.layer_stream import LayerStreaming, StreamContext
 from tdprobe.latent.score_blocks import score_blocks
-from tdprobe.latent.scorer import (
+from tdprobe.latent.scorer import Scorer
+from tdprobe.latent.scoring_options import (
     DEFAULT_GROUPS,
     DEFAULT_MAX_NORM,
     DEFAULT_MEMORY,
     DEFAULT_PORTION,
-    Scorer,
     check_portion,
     check_scoring,
 )
@@ -61,7 +61,8 @@ class ScoringContext(StreamContext):
 
         Raises:
             StateError: Nothing has been seen.
-            ConfigError: There are fewer rows than an estimator needs.
+            ConfigError: There are fewer rows than any estimator needs; where only some cannot score them, these are
+                left out, with a warning.
         """
         factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
         scorer = self.scorer

@@ -55,7 +55,8 @@ class Cross(Statistic):
 
     def __post_init__(self) -> None:
         """Check the sketch."""
-        if self.sketch is not None and not self.sketch >= 1:
+        wrong = isinstance(self.sketch, bool) or not isinstance(self.sketch, int) or self.sketch < 1
+        if self.sketch is not None and wrong:
             raise ConfigError(f"got sketch={self.sketch!r}; allowed are None and numbers of columns from 1 on")
 
     @property

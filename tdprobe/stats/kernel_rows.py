@@ -7,12 +7,13 @@ from torch import Tensor
 
 from tdprobe._types import Float, Int
 from tdprobe.errors import ConfigError, unknown
+from tdprobe.stats.kernel_layer import SAMPLE, ascending, median, spaced
 from tdprobe.stats.moments import unit_rows
 from tdprobe.stats.state import centre
 
 KERNELS = ("linear", "rbf")
-# Rows of a block, and rows behind the median distance at most.
-BLOCK, MEDIAN_ROWS = 256, 2048
+# Rows of a block.
+BLOCK = 256
 # Squared distances below this share of the squared lengths are rounding: the rows are the same.
 SAME = 1e-13
 # A row this close to the mean, relative to the squared length of rows, has no direction.
@@ -35,7 +36,8 @@ class KernelRows:
     """Hold the rows of one layer of one data set, and compute blocks of their kernel matrix in float64.
 
     ``"linear"`` is ``x.y``; ``"rbf"`` is ``exp(-|x - y|^2 / (2 s^2))``, with ``s`` the ``bandwidth`` times the median
-    distance between rows that differ (of at most 2048 rows, evenly spaced), so that scaling a layer never matters.
+    distance between rows that differ (of at most 1,024 rows, evenly spaced, as in `Kernel`), so that scaling a layer
+    never matters.
 
     Args:
         rows: ``(n, d)`` real and finite.
@@ -114,9 +116,9 @@ class KernelRows:
         return self.block(rows, columns).mul_(scale[rows].unsqueeze(1)).mul_(scale[columns])
 
     def _median(self) -> Tensor:
-        step = max(1, -(-self.n // MEDIAN_ROWS))
-        x, squares = self.rows[::step], self.squares[::step]
+        chosen = spaced(self.n, SAMPLE, self.rows.device)
+        x, squares = self.rows[chosen], self.squares[chosen]
         total = squares.unsqueeze(1) + squares
         gaps = total - 2 * (x @ x.mT)
         gaps = gaps[(gaps > SAME * total).triu(1)]
-        return gaps.median() if len(gaps) else torch.ones_like(self.power)
+        return self.power.new_tensor(median(ascending(gaps))) if len(gaps) else torch.ones_like(self.power)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from tdprobe.errors import ConfigError
+from tdprobe.errors import ConfigError, unknown
+
+Columns = Literal["layers", "targets"]
 
 # What is known of each score.
 ARRAYS = ("values", "se", "null", "null_sd", "p")
@@ -19,6 +21,7 @@ ARRAYS = ("values", "se", "null", "null_sd", "p")
 class ScoreRow(NamedTuple):
     """One score; ``layer_b`` is ``""`` where the estimator scores single layers, and what is not known is NaN.
 
+    Of a supervised estimator ``layer_b`` is the target, and ``checkpoint_b`` the key that the targets came under.
     ``se`` is the standard error, ``null`` the mean score of unrelated rows, ``p`` how often those score as high.
     """
 
@@ -38,13 +41,15 @@ class ScoreRow(NamedTuple):
 class ScoreCube(NamedTuple):
     """All scores of one estimator on common axes, NaN where there is none.
 
-    ``values`` is (C, C, L, L) along checkpoint_a, checkpoint_b, layer_a, layer_b; (C, L) for single layers.
+    ``values`` is (C, C, L, L) along checkpoint_a, checkpoint_b, layer_a, layer_b; (C, L) for single layers; (C, L, M)
+    for the M ``targets`` of a supervised estimator.
     """
 
     estimator: str
     checkpoints: tuple[str, ...]
     layers: tuple[str, ...]
     values: np.ndarray
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +71,11 @@ class ScoreBlock:
         p: Share of permutations that score at least as similar.
         route: How the scores came about, such as ``"bank of 4096 rows"``.
         method: Registry name of the estimator, where ``estimator`` is a label of the user's own.
+        columns: What ``layers_b`` names: ``"layers"`` of ``checkpoint_b``, or ``"targets"`` of a supervised estimator,
+            with ``checkpoint_b`` the key that they came under.
 
     Raises:
-        ConfigError: The values do not fit the layers, or a layer is named twice.
+        ConfigError: The values do not fit the layers, a layer is named twice, or the columns are of no known kind.
     """
 
     estimator: str
@@ -85,8 +92,11 @@ class ScoreBlock:
     p: np.ndarray | None = None
     route: str = ""
     method: str = ""
+    columns: Columns = "layers"
 
     def __post_init__(self) -> None:
+        if self.columns not in get_args(Columns):
+            raise ConfigError(unknown("kind of columns", self.columns, get_args(Columns)))
         for side in ("layers_a", "layers_b"):
             names = getattr(self, side)
             if names is None:
@@ -118,6 +128,14 @@ class ScoreBlock:
         return self.method or self.estimator
 
     @property
+    def sides(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Each checkpoint with its layers; targets are neither."""
+        rows = (self.checkpoint_a, self.layers_a)
+        if self.columns == "targets":
+            return (rows,)
+        return rows, (self.checkpoint_b, self.layers_b or ())
+
+    @property
     def pair(self) -> str:
         """The checkpoints, for people; one of them for a layer estimator."""
         return self.checkpoint_a if self.layers_b is None else f"{self.checkpoint_a} × {self.checkpoint_b}"
@@ -126,6 +144,21 @@ class ScoreBlock:
     def title(self) -> str:
         """The estimator and the checkpoints, for people."""
         return f"{self.estimator}: {self.pair}"
+
+    def over_depth(self) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+        """Yield what runs over the layers: the scores, one column per target, with their errors.
+
+        Yields:
+            The target (``""`` for an estimator that scores single layers), (La,) scores, (La,) errors.
+
+        Raises:
+            ConfigError: The scores are of pairs of layers.
+        """
+        if self.columns == "layers" and self.layers_b is not None:
+            raise ConfigError(f"{self.title} scores pairs of layers, which are no curves over depth")
+        values = self.values.reshape(len(self.layers_a), -1)
+        for place, name in enumerate(self.layers_b or ("",)):
+            yield name, values[:, place], None if self.se is None else self.se.reshape(values.shape)[:, place]
 
     def flipped(self) -> ScoreBlock:
         """Return the same scores with the two sides exchanged."""
@@ -155,7 +188,7 @@ class ScoreBlock:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, ScoreBlock):
             return NotImplemented
-        fields = ("key", "layers_a", "layers_b", "n", "symmetric", "route", "method")
+        fields = ("key", "layers_a", "layers_b", "n", "symmetric", "route", "method", "columns")
         if any(getattr(self, name) != getattr(other, name) for name in fields):
             return False
         pairs = ((getattr(self, name), getattr(other, name)) for name in ARRAYS)

@@ -102,6 +102,8 @@ def _text(table: ScoreTable) -> str:
 
 def _encode(block: ScoreBlock) -> dict[str, Any]:
     fields = {name: getattr(block, name) for name in ("estimator", "checkpoint_a", "checkpoint_b", "route", "method")}
+    # A table without targets reads as it always did.
+    fields |= {"columns": block.columns} if block.columns != "layers" else {}
     fields |= {
         "layers_a": list(block.layers_a),
         "layers_b": None if block.layers_b is None else list(block.layers_b),
@@ -132,6 +134,7 @@ def _infinite(name: str) -> str:
 def _decode(found: dict[str, Any]) -> dict[str, Any]:
     names = ("estimator", "checkpoint_a", "checkpoint_b", "layers_a", "layers_b", "n", "symmetric")
     fields = {name: found[name] for name in names} | {name: found.get(name, "") for name in ("route", "method")}
+    fields["columns"] = found.get("columns", "layers")
     sides = [found["layers_a"]] + ([] if found["layers_b"] is None else [found["layers_b"]])
     shape = [len(side) for side in sides]
     held = ["values", *(name for name in ARRAYS[1:] if name in found)]

@@ -53,7 +53,7 @@ def larger_is_similar(spec: Any | None) -> bool | None:
 def extremes(block: ScoreBlock) -> Extremes | None:
     """Find the ends of a block, leaving out a layer compared with itself; None without a finite score."""
     values = np.where(np.isfinite(block.values), block.values, np.nan)
-    if block.layers_b is not None and block.checkpoint_a == block.checkpoint_b:
+    if len(block.sides) == 2 and block.layers_b is not None and block.checkpoint_a == block.checkpoint_b:
         own = np.array(block.layers_a)[:, None] == np.array(block.layers_b)[None, :]
         values = np.where(own, np.nan, values)
     if np.isnan(values).all():
@@ -104,6 +104,9 @@ def _headline(table: ScoreTable) -> str:
 
 
 def _size(block: ScoreBlock) -> str:
+    if block.columns == "targets":
+        layers, targets = block.values.shape
+        return f"{layers} layers × {targets} target{'s' * (targets != 1)}, n={block.n}"
     return " × ".join(map(str, block.values.shape)) + f" layers, n={block.n}"
 
 

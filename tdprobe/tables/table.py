@@ -76,7 +76,7 @@ class ScoreTable:
     @property
     def checkpoints(self) -> tuple[str, ...]:
         """Names of the checkpoints, in order of appearance."""
-        return tuple(dict.fromkeys(name for block in self.blocks for name in block.key[1:] if name))
+        return tuple(dict.fromkeys(name for block in self.blocks for name, _ in block.sides if name))
 
     def layers(self, checkpoint: str | None = None) -> tuple[str, ...]:
         """Return the layer names of one checkpoint, or of all, in depth order.
@@ -85,8 +85,7 @@ class ScoreTable:
             ConfigError: There is no such checkpoint.
         """
         self._check("checkpoint", checkpoint, self.checkpoints)
-        sides = [(b.checkpoint_a, b.layers_a) for b in self.blocks]
-        sides += [(b.checkpoint_b, b.layers_b or ()) for b in self.blocks]
+        sides = [block.sides[0] for block in self.blocks] + [side for block in self.blocks for side in block.sides[1:]]
         found = (name for owner, names in sides if checkpoint in (None, owner) for name in names)
         return tuple(dict.fromkeys(found))
 
@@ -95,13 +94,16 @@ class ScoreTable:
     ) -> ScoreTable:
         """Return the table of the blocks with these names; None takes all.
 
+        ``checkpoint_b`` may also be the key that the targets of a supervised estimator came under.
+
         Raises:
             ConfigError: A name does not occur in the table.
         """
         wanted = (estimator, checkpoint_a, checkpoint_b)
         self._check("estimator", estimator, self.estimators)
         self._check("checkpoint", checkpoint_a, self.checkpoints)
-        self._check("checkpoint", checkpoint_b, self.checkpoints)
+        keys = (block.checkpoint_b for block in self.blocks if block.columns == "targets")
+        self._check("checkpoint", checkpoint_b, tuple(dict.fromkeys((*self.checkpoints, *keys))))
         kept = [b for b in self.blocks if all(w in (None, k) for w, k in zip(wanted, b.key, strict=True))]
         return ScoreTable(kept, self.meta)
 
@@ -209,7 +211,7 @@ class ScoreTable:
         checkpoint_b: str | None = None,
         **options: Any,
     ) -> Figure:
-        """Draw heat maps of layer pairs, or curves over depth for a layer estimator (extra ``plot``).
+        """Draw heat maps of layer pairs, or curves over depth of single layers, one for each target (extra ``plot``).
 
         ``options`` go to ``tdprobe.viz.plot_table``, such as ``ax=`` and ``title=``.
         """

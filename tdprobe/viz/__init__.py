@@ -33,15 +33,16 @@ def plot_table(
 ) -> Figure:
     """Draw the scores of one estimator: heat maps of layer pairs, or curves over depth with their errors.
 
-    Scores that unrelated rows reach too are marked, where the table has a null.
+    A supervised estimator has a curve for every target. Scores that unrelated rows reach too are marked, where the
+    table has a null.
 
     Args:
         table: Where the scores are.
         estimator: May be left out where the table has one only.
         checkpoint_a: Checkpoint of the rows; all if left out.
         checkpoint_b: Checkpoint of the columns; all if left out.
-        title: Text above the picture, for one pair of checkpoints or a layer estimator.
-        ax: Axes to draw into, for one pair of checkpoints or a layer estimator.
+        title: Text above the picture, for one pair of checkpoints or curves.
+        ax: Axes to draw into, for one pair of checkpoints or curves.
 
     Returns:
         The figure, not known to pyplot when it is new.
@@ -54,7 +55,7 @@ def plot_table(
     blocks = table.select(estimator, checkpoint_a, checkpoint_b).blocks
     if not blocks:
         blocks = (table.block(estimator, checkpoint_a, checkpoint_b),)
-    if blocks[0].layers_b is None:
+    if blocks[0].layers_b is None or blocks[0].columns == "targets":
         return _curves_of(blocks, title, ax)
     if len(blocks) == 1:
         return _heatmap_of(blocks[0], title, ax)
@@ -84,8 +85,13 @@ def _heatmap_of(block: ScoreBlock, title: str | None, ax: Axes | None) -> Figure
 
 def _curves_of(blocks: Sequence[ScoreBlock], title: str | None, ax: Axes | None) -> Figure:
     layers = list(dict.fromkeys(name for block in blocks for name in block.layers_a))
-    series = {block.checkpoint_a: _laid_out(block, block.values, layers) for block in blocks}
-    errors = {block.checkpoint_a: _laid_out(block, block.se, layers) for block in blocks if block.se is not None}
+    series, errors = {}, {}
+    for block in blocks:
+        for target, values, spread in block.over_depth():
+            # With one checkpoint the title names it.
+            label = ": ".join(filter(None, (block.checkpoint_a if len(blocks) > 1 or not target else "", target)))
+            series[label] = _laid_out(block, values, layers)
+            errors |= {} if spread is None else {label: _laid_out(block, spread, layers)}
     if title is None:
         counts = " and ".join(str(n) for n in sorted({block.n for block in blocks}))
         owner = f": {blocks[0].checkpoint_a}" if len(blocks) == 1 else ""

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def curve_chart(table: ScoreTable) -> dict[str, Any] | None:
-    """Return curves over depth: layer estimators, and equal layers of two checkpoints; None without any."""
-    records = [record for block in table.blocks if (record := _curve_record(block)) is not None]
+    """Return curves over depth: layer estimators, targets, and equal layers of two checkpoints; None without any."""
+    records = [record for block in table.blocks for record in _curve_records(block)]
     if not records:
         return None
     alt = require_extra("altair", "report")
@@ -31,14 +31,18 @@ def curve_chart(table: ScoreTable) -> dict[str, Any] | None:
     lines = lines.transform_flatten(
         ["layers", "labels", "values", "errors"], ["layer", "label", "value", "se"]
     ).transform_calculate(score=SCORE)
-    legend = alt.Legend(orient="bottom", columns=2, labelLimit=240) if len(series) > 1 else None
+    legend = alt.Legend(orient="bottom", columns=2, labelLimit=240, symbolOpacity=1) if len(series) > 1 else None
     # An ordered map, for checkpoints have an order; its yellow end is too pale for a line.
     colours = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0.0, 0.85]))
     crowded = max(len(record["labels"]) for record in records) > 40
     x = alt.X("label:O", sort=None, title="layer", axis=label_axis(alt, [r["labels"] for r in records]))
     colour = alt.Color("series:O", sort=None, title=None, legend=legend, scale=colours)
-    band = lines.transform_filter("isValid(datum.se)")
-    band = band.transform_calculate(low="datum.value - 2 * datum.se", high="datum.value + 2 * datum.se")
+    # Without an error the band has no width: a chart of nothing would have no scale.
+    spread = "(isValid(datum.se) ? 2 * datum.se : 0)"
+    band = lines.transform_calculate(
+        low=f"isValid(datum.value) ? datum.value - {spread} : null",
+        high=f"isValid(datum.value) ? datum.value + {spread} : null",
+    )
     band = band.mark_area(opacity=0.18).encode(x=x, y="low:Q", y2="high:Q", color=colour)
     lines = lines.mark_line(point=alt.OverlayMarkDef(size=12 if crowded else 36)).encode(
         x=x,
@@ -50,17 +54,21 @@ def curve_chart(table: ScoreTable) -> dict[str, Any] | None:
     return finish(alt, both.properties(width=430, height=260).add_params(control), records)
 
 
-def _curve_record(block: ScoreBlock) -> dict[str, Any] | None:
-    if block.layers_b is None:
-        return _record(block.estimator, block.checkpoint_a, block.layers_a, block.values, block.se)
+def _curve_records(block: ScoreBlock) -> list[dict[str, Any]]:
+    if block.layers_b is None or block.columns == "targets":
+        name, layers = block.checkpoint_a, block.layers_a
+        return [
+            _record(block.estimator, f"{name}: {target}" if target else name, layers, values, errors)
+            for target, values, errors in block.over_depth()
+        ]
     columns = {name: i for i, name in enumerate(block.layers_b)}
     same = [(i, columns[name]) for i, name in enumerate(block.layers_a) if name in columns]
     if block.checkpoint_a == block.checkpoint_b or not same:
-        return None
+        return []
     values = np.array([block.values[spot] for spot in same])
     errors = None if block.se is None else np.array([block.se[spot] for spot in same])
     layers = [block.layers_a[i] for i, _ in same]
-    return _record(f"{block.estimator}, equal layers of two checkpoints", block.pair, layers, values, errors)
+    return [_record(f"{block.estimator}, equal layers of two checkpoints", block.pair, layers, values, errors)]
 
 
 def _record(

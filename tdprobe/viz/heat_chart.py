@@ -40,7 +40,7 @@ MARKED = f"{KNOWN} ? hover.layer_a[0] : peek(datum.layers_a)"
 
 def heat_chart(table: ScoreTable) -> dict[str, Any] | None:
     """Return the heat map of layer pairs over a profile of the marked row; None if no pairs were scored."""
-    blocks = [block for block in table.blocks if block.layers_b is not None]
+    blocks = [block for block in table.blocks if block.layers_b is not None and block.columns == "layers"]
     if not blocks:
         return None
     alt = require_extra("altair", "report")

@@ -34,5 +34,7 @@ def finish(alt: Any, chart: Any, records: list[dict[str, Any]]) -> dict[str, Any
     chart = chart.configure_axis(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
     chart = chart.configure_scale(invalid=alt.ScaleInvalidDataConfig(color={"value": NO_SCORE}))
     chart = chart.configure_view(stroke=None).configure_title(anchor="start", fontSize=14)
+    # A menu may bring a legend that is longer than the first one.
+    chart = chart.properties(autosize=alt.AutoSizeParams(type="pad", resize=True))
     # The records join after validation, which would walk through every number.
     return chart.to_dict() | {"datasets": {"records": records}}

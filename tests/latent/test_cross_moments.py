@@ -421,3 +421,33 @@ def test_a_sketch_is_the_measure_of_sketched_rows(name):
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sketch", [True, 2.5, "64", 0])
+def test_a_sketch_is_a_number_of_columns(sketch):
+    with pytest.raises(ConfigError, match="got sketch=.*numbers of columns"):
+        CcaEstimator(sketch=sketch)
+
+
+@pytest.mark.parametrize("ridge", [True, "0.1", -1, float("nan"), None])
+@pytest.mark.parametrize(
+    "cls", [CcaEstimator, GulpEstimator, LinearRegressionEstimator, PwccaEstimator, SvccaEstimator]
+)
+def test_a_ridge_is_a_number(cls, ridge):
+    with pytest.raises(ConfigError, match="got ridge=.*numbers from 0 on"):
+        cls(ridge=ridge)
+
+
+@pytest.mark.parametrize("cls", [CcaEstimator, PwccaEstimator])
+def test_robust_says_nothing_where_the_number_of_rows_decides(cls):
+    x, y = pair(30, 40, 5)
+    td = TensorDict({"data_a": x, "data_b": y})
+    key = cls().out_keys[0]
+    assert cls()(td.clone())[key] == 1
+    assert cls(mode="robust")(td.clone())[key].isnan()
+    # A ridge leaves something to be measured, and so does one row more than the columns and the mean take.
+    assert cls(mode="robust", ridge=0.1)(td.clone())[key] < 1
+    for n, known in ((7, False), (6, True)):
+        a, b = pair(8, n, 3)
+        found = cls(mode="robust")(TensorDict({"data_a": a, "data_b": b}))[key]
+        assert found.isnan() != known and (not known or found < 1)

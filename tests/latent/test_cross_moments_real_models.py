@@ -8,6 +8,7 @@ from tensordict import TensorDict
 
 from tdprobe import hf, registry
 from tdprobe.latent import LayerScoring
+from tdprobe.latent.representation_similarity.cka import cka_matrix
 
 LAYERS = (8, 16, 26)
 NAMES = ("cca", "gulp", "linear_regression", "procrustes", "pwcca", "svcca")
@@ -52,3 +53,21 @@ def test_a_sketch_errs_to_the_documented_side(streamed, name):
     # Fewer columns correlate less and explain less, and so are farther apart.
     assert ((error if name in ("procrustes", "gulp") else -error) > 0).all()
     assert abs(error).max() < 0.5
+
+
+def test_shuffled_layers_look_alike_to_biased_cka_only(streamed):
+    """Over all permutations ``tr(K L)`` is ``tr K tr L / (n - 1)`` on average, and HSIC_1 is 0."""
+    _, rows = streamed
+    n, generator = 64, torch.Generator().manual_seed(0)
+    a, b = (x[:n].double() for x in rows[:2])
+    orders = [torch.randperm(n, generator=generator) for _ in range(60)]
+    found = {
+        unbiased: torch.stack([cka_matrix([a, b[order]], unbiased=unbiased)[0, 1] for order in orders])
+        for unbiased in (False, True)
+    }
+    grams = [(x - x.mean(0)) @ (x - x.mean(0)).T for x in (a, b)]
+    expected = torch.stack([gram.trace() / gram.norm() for gram in grams]).prod() / (n - 1)
+    error = {unbiased: values.std() / len(orders) ** 0.5 for unbiased, values in found.items()}
+    assert expected > 0.1
+    assert abs(found[False].mean() - expected) < 4 * error[False]
+    assert abs(found[True].mean()) < 4 * error[True] < 0.05

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from tdprobe import registry
 from tdprobe.errors import CallError, ConfigError, MissingKeyError
 from tdprobe.estimator import LayerEstimator, SupervisedEstimator
 from tdprobe.latent import CkaEstimator, LayerScoring
@@ -302,8 +303,10 @@ class TestSupervised:
         with LayerScoring("0", [Correlation()], required=False).prepare(model) as hooked:
             with pytest.raises((KeyError, TypeError), match="attributes"):
                 hooked(TensorDict({"input": torch.randn(4, 3)}))
-            with pytest.raises(TypeError, match="attributes"):
+            with pytest.raises(TypeError, match=r"'attributes' is missing; .* hooked\(x, attributes=...\)"):
                 hooked(torch.randn(4, 3))
+            with pytest.raises(TypeError, match="the call has 'attributs': is that a typing error"):
+                hooked(torch.randn(4, 3), attributs=torch.zeros(4))
         with pytest.raises(MissingKeyError, match="unknown target 'attributes'"):
             scorer(Correlation()).push(Batch({"a": normal(10, 2)}, IDS[:10]))
 
@@ -351,3 +354,88 @@ class TestEndOfABlock:
         found.flush()
         with pytest.raises(ConfigError, match="'b' did not run"):
             push(found, {"a": normal(10, 3)})
+
+
+class TestWhatCannotBeScored:
+    def test_is_left_out_and_the_others_keep_their_scores(self):
+        rows = {"a": normal(12, 3), "b": normal(12, 3, seed=1)}
+        scoring = push(scorer("cka", "mle", "mutual_knn", "twonn", null=3), rows)
+        with pytest.warns(UserWarning, match=r"left out.*: mle \(got 12 rows; .*at least 21"):
+            found = scoring.scored()
+        assert list(found) == ["cka", "mutual_knn", "twonn"]
+        alone = push(scorer("cka", "mutual_knn", "twonn", null=3), rows).scored()
+        for label, scored in alone.items():
+            torch.testing.assert_close(found[label].score, scored.score, rtol=0, atol=0, equal_nan=True)
+        assert found["mutual_knn"].null is not None
+        assert list(scoring.facts()["left_out"]) == ["mle"]
+
+    def test_more_rows_bring_it_back(self):
+        scoring = push(scorer("mle", "cka"), {"a": normal(12, 3)})
+        with pytest.warns(UserWarning, match="left out"):
+            assert list(scoring.scored()) == ["cka"]
+        scoring.push(Batch({"a": normal(60, 3, seed=5)}, torch.arange(1000, 1060)))
+        assert list(scoring.scored()) == ["mle", "cka"] and "left_out" not in scoring.facts()
+
+    def test_is_an_error_where_nothing_is_left(self):
+        with pytest.raises(ConfigError, match="got 12 rows; mle"):
+            push(scorer("mle", "corr_int"), {"a": normal(12, 3)}).scored()
+
+    def test_layers_without_a_score_are_named_once_with_the_estimators(self):
+        rows = {"a": normal(200, 3), "flat": torch.full((200, 4), 2.5), "b": normal(200, 3, seed=1)}
+        with pytest.warns(UserWarning) as caught:
+            push(scorer("cka", "procrustes", "mutual_knn", null=2), rows).scored()
+        assert [str(warning.message).partition(";")[0] for warning in caught] == ["cka, procrustes: NaN for 'flat'"]
+
+    @pytest.mark.parametrize("name", ["cca", "pwcca", "linear_regression"])
+    def test_fewer_rows_than_columns_give_no_perfect_correlation(self, name):
+        rows = {"a": normal(30, 40), "b": normal(30, 45, seed=1)}
+        with pytest.warns(UserWarning, match=f"{name}: NaN for 'a', 'b'; .* too few for so many columns"):
+            assert push(scorer(name), rows).scored()[name].score[0, 1].isnan()
+
+    def test_a_wide_layer_takes_the_score_of_its_pairs_only(self):
+        rows = {"wide": normal(60, 80), "a": normal(60, 5, seed=1), "b": normal(60, 6, seed=2)}
+        found = push(scorer("cca"), rows).scored()["cca"].score
+        assert found[0, 1:].isnan().all() and found[1:, 0].isnan().all() and found[1:, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory_budget": -1}, "memory_budget counts bytes .* got -1"),
+        ({"memory_budget": True}, "memory_budget counts bytes .* got True"),
+        ({"memory_budget": "2 GB"}, "memory_budget counts bytes .* got '2 GB'"),
+        ({"memory_budget": float("nan")}, "memory_budget counts bytes .* got nan"),
+        ({"null": True}, "null counts permutations"),
+        ({"groups": 1}, "groups of rows .* from 3 on, got 1"),
+    ],
+)
+def test_options_that_make_no_sense(options, said):
+    with pytest.raises(ConfigError, match=said):
+        LayerScoring("0", **options)
+    with pytest.raises(ConfigError, match=said):
+        scorer("cka", **options)
+
+
+UNSUPERVISED = [name for name in registry.names() if registry.get(name).spec.kind != "supervised"]
+
+
+@pytest.mark.parametrize("name", UNSUPERVISED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_that_is_not_finite_is_named_as_that_and_once(name, value):
+    rows = {"a": normal(200, 3), "broken": normal(200, 3, seed=1).index_fill(0, torch.tensor([3]), value)}
+    with pytest.warns(UserWarning) as caught:
+        found = push(scorer(name, null=2, groups=3), rows).scored()[name].score
+    said = "'broken' held NaN or infinite values; scores that involve them are NaN"
+    assert [str(warning.message) for warning in caught] == [said]
+    assert found.isnan().any() and not found.isnan().all()
+
+
+PAIRS = [name for name in registry.names() if registry.get(name).spec.kind == "pair"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_related_layers_are_more_alike_than_any_of_their_permutations(name):
+    x = normal(120, 4)
+    rows = {"a": x, "b": x @ normal(4, 4, seed=1) + 0.1 * normal(120, 4, seed=2)}
+    p = push(scorer(name, null=9, groups=0, portion=120), rows, size=120).scored()[name].null.p
+    assert float(p[0, 1]) == float(p[1, 0]) == pytest.approx(0.1)

@@ -295,7 +295,7 @@ class TestDegenerate:
             RankMeEstimator(center="yes")
         with pytest.raises(TypeError):
             RankMeEstimator("data", "rank", True)
-        assert repr(EffectiveRankEstimator(center=False)).endswith("center=False, normalize_rows=False)")
+        assert repr(EffectiveRankEstimator(center=False)).endswith("center=False, normalize_rows=False, mode='strict')")
 
 
 class TestInvariance:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,8 @@ from tdprobe.stats import distances as distances_module
 from tdprobe.stats import kernel_layer as rows_module
 from tdprobe.stats import kernels as kernels_module
 from tdprobe.stats import rank_table as table_module
-from tdprobe.stats.kernel_layer import Rows, median
+from tdprobe.stats.kernel_layer import Fitted, Rows, median
+from tdprobe.stats.kernel_rows import KernelRows
 from tdprobe.stats.pair_sums import PairSums
 from tdprobe.stats.rank_table import RankTable
 from tdprobe.stream.batch import Batch
@@ -165,9 +168,9 @@ class TestMedian:
 def test_products_are_in_float64_where_float32_would_be_tf32(monkeypatch):
     x, y = (z.float() for z in plain.related(60))
     exact = Kernels(ALL).of_rows([x.double(), y.double()])
-    monkeypatch.setattr(kernels_module, "_float32_is_exact", lambda device: False)
+    monkeypatch.setattr(kernels_module, "float32_is_exact", lambda device: False)
     torch.testing.assert_close(scores(Kernels(ALL).of_rows([x, y])), scores(exact), rtol=1e-9, atol=1e-12)
-    assert distances_module._float32_is_exact(torch.device("cpu"))
+    assert distances_module.float32_is_exact(torch.device("cpu"))
 
 
 class TestOnePass:
@@ -216,3 +219,15 @@ class TestOnePass:
             np.testing.assert_allclose(np.diagonal(matrix), 1, atol=1e-9)
             # Neighbouring layers are alike, the first and the last but one are not.
             assert np.median(np.diagonal(matrix, 1)) > 0.8 > matrix[0, -2], name
+
+
+@pytest.mark.parametrize("n", [9, 10, 1500])
+def test_both_ways_to_a_kernel_matrix_share_one_rule_for_the_bandwidth(n):
+    x = torch.randn(n, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = x[torch.arange(min(n, 1024)) * n // min(n, 1024)]
+    middle = np.median(torch.pdist(chosen).square())
+    expected = float(torch.exp(-(x[0] - x[1]).square().sum() / (2 * 0.49 * middle)))
+    pair = torch.tensor([0]), torch.tensor([1])
+    assert float(KernelRows(x, "rbf", 0.7).block(*pair)) == pytest.approx(expected, rel=1e-9)
+    fitted = Fitted(Kernel("rbf", threshold=0.7), Rows(x, "plain", torch.float64, x.device))
+    assert math.exp(fitted.factor * float(fitted.rows.between(*pair)[1])) == pytest.approx(expected, rel=1e-9)

@@ -193,3 +193,58 @@ def test_block_refuses_scores_that_do_not_fit(options, message):
 def test_table_refuses_the_same_pair_twice():
     with pytest.raises(ConfigError, match="cka: base × tuned twice"):
         ScoreTable([block(), block()])
+
+
+def attributes(a="base", values=((0.9, 0.2), (0.1, 0.7), (0.4, 0.3)), names=("length", "tense"), **options):
+    """Make a block of scores of layers for targets that came under one key."""
+    layers = tuple(f"model.layers.{i}" for i in range(len(values)))
+    se = np.full(np.shape(values), 0.1)
+    return ScoreBlock("mig", a, "known", layers, names, values, 64, False, se, columns="targets", **options)
+
+
+class TestTargets:
+    def test_are_neither_a_checkpoint_nor_layers(self):
+        table = ScoreTable([block(), attributes()])
+        assert table.checkpoints == ("base", "tuned")
+        assert table.layers() == table.layers("base") == ("model.layers.0", "model.layers.1", "model.layers.2")
+        assert "checkpoints: base, tuned" in repr(table) and "3 layers × 2 targets" in repr(table)
+        assert table.rows()[7][1:6] == ("known", "model.layers.0", "tense", "mig", 0.2)
+
+    def test_can_be_selected_by_the_key_they_came_under(self):
+        table = ScoreTable([block(), attributes()])
+        assert table.select(checkpoint_b="known") == ScoreTable([attributes()])
+        with pytest.raises(ConfigError, match="unknown checkpoint 'knwon'.*known"):
+            table.select(checkpoint_b="knwon")
+        with pytest.raises(ConfigError, match="unknown checkpoint 'known'"):
+            table.select(checkpoint_a="known")
+
+    def test_of_a_model_with_the_name_of_the_key_count_all(self):
+        own = ScoreBlock("mig", "known", "known", ("a",), ("a",), [[0.5]], 9, False, columns="targets")
+        assert "highest: a / a (0.5)" in repr(ScoreTable([own]))
+
+    def test_have_an_axis_of_their_own_in_the_cube(self):
+        table = ScoreTable([attributes(), attributes("tuned", ((0.5,),), ("tense",)), block()])
+        cube = table.cube("mig")
+        assert (cube.checkpoints, cube.targets) == (("base", "tuned"), ("length", "tense"))
+        assert cube.layers == table.layers()
+        np.testing.assert_array_equal(cube.values[0], table.matrix("mig", "base"))
+        np.testing.assert_array_equal(cube.values[1, 0], [np.nan, 0.5])
+        assert np.isnan(cube.values[1, 1:]).all()
+
+    def test_survive_the_way_through_json(self):
+        table = ScoreTable([block(), attributes()])
+        again = ScoreTable.from_json(table.to_json())
+        assert again == table and again.blocks[1].columns == "targets"
+        assert again != ScoreTable([block(), attributes().__class__(**{**vars(attributes()), "columns": "layers"})])
+
+    def test_are_a_dimension_of_the_dataset(self):
+        pytest.importorskip("xarray", reason="needs the extra 'tables'")
+        data = ScoreTable([block(), attributes(), block("twonn", "base", "base", (5.0, 6.0))]).to_xarray()
+        assert data["mig"].dims == ("checkpoint_a", "layer_a", "target")
+        assert float(data["mig"].sel(checkpoint_a="base", layer_a="model.layers.1", target="tense")) == 0.7
+        assert list(data["checkpoint_b"].values) == ["base", "tuned"]
+        assert data["twonn"].dims == ("checkpoint_a", "layer_a")
+
+    def test_other_columns_are_refused(self):
+        with pytest.raises(ConfigError, match="unknown kind of columns 'target'.*targets"):
+            ScoreBlock("mig", "m", "known", ("a",), ("b",), [[0.5]], 9, columns="target")

@@ -240,3 +240,21 @@ def test_bands_are_two_standard_errors_wide():
     assert {(0.0, 2.0), (0.0, 4.0), (1.0, 3.0), (1.0, 7.0)} <= corners
     assert "band: 2 standard errors" in figure.axes[0].get_title(loc="left")
     assert ScoreTable([block]).plot(title="mine").axes[0].get_title(loc="left") == "mine"
+
+
+def test_targets_are_curves_over_depth():
+    values = np.array([[0.1, 0.4], [0.2, 0.3], [0.5, 0.0]])
+    block = ScoreBlock("mig", "m", "known", layers(3), ("length", "tense"), values, 9, False, columns="targets")
+    figure = ScoreTable([block]).plot()
+    assert {line.get_label(): line.get_ydata().tolist() for line in figure.axes[0].lines} == {
+        "length": [0.1, 0.2, 0.5],
+        "tense": [0.4, 0.3, 0.0],
+    }
+    assert figure.axes[0].get_title(loc="left") == "mig: m (n = 9)"
+    both = ScoreTable([block, replace(block, checkpoint_a="other")]).plot("mig")
+    assert [line.get_label() for line in both.axes[0].lines] == [
+        "m: length",
+        "m: tense",
+        "other: length",
+        "other: tense",
+    ]

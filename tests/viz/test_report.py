@@ -233,3 +233,29 @@ def test_scores_can_be_downloaded_without_a_network(browser, tmp_path):
     link = screen.browser.find_element("id", "download")
     assert re.match(r"blob:", link.get_attribute("href"))
     assert link.get_attribute("download") == "scores.json"
+
+
+def test_targets_are_curves_and_their_legend_has_room(browser, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    layers, targets = ("h.0", "h.1", "h.2"), tuple(f"attributes[{i}]" for i in range(7))
+    values = np.random.default_rng(0).uniform(size=(3, 7))
+    mig = ScoreBlock("mig", "base", "attributes", layers, targets, values, 64, False, columns="targets")
+    twonn = ScoreBlock("twonn", "base", "base", layers, None, [5.0, 7.0, 6.0], 64, se=[0.1, 0.2, 0.1])
+    page = ScoreTable([twonn, *sample(3).blocks[:1], mig]).report(tmp_path / "report.html")
+    assert Page(page.read_text(encoding="utf-8")).text("title") == "Layer scores: base"
+    screen = Screen(browser, page)
+    assert "mig" not in screen.browser.find_element("id", "heat-controls").text
+    menu = screen.browser.find_element("css selector", '#curves-controls select[name="curve"]')
+    Select(menu).select_by_visible_text("mig")
+
+    def legend(driver):
+        return [
+            label for label in driver.find_elements("css selector", "#curves .role-legend-label text") if label.text
+        ]
+
+    screen.wait.until(lambda driver: len(legend(driver)) == 7)
+    picture = browser.find_element("css selector", "#curves svg").rect
+    assert all(label.rect["y"] + label.rect["height"] <= picture["y"] + picture["height"] for label in legend(browser))
+    assert {label.text for label in legend(browser)} == {f"base: {target}" for target in targets}
+    assert browser.get_log("browser") == []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.latent.spectrum_estimator import SpectrumEstimator
-from tdprobe.registry import Spec, register
+from tdprobe.registry import Mode, Spec, check_mode, register
 from tdprobe.stats.spectrum import SpectrumTable, renyi_entropy
 
 
@@ -38,9 +38,10 @@ class EffectiveRankEstimator(SpectrumEstimator):
         out_key: Key to write, ``(*lead,)`` float32.
         center: Subtract the column means; otherwise the matrix is ``X'X``.
         normalize_rows: Divide each row by its length, before centring.
+        mode: ``"strict"`` or ``"robust"``; both say the same.
 
     Raises:
-        ConfigError: A bad key or flag.
+        ConfigError: A bad key, flag or mode.
 
     Example:
         >>> import torch
@@ -60,8 +61,10 @@ class EffectiveRankEstimator(SpectrumEstimator):
         *,
         center: bool = True,
         normalize_rows: bool = False,
+        mode: Mode = "strict",
     ) -> None:
         super().__init__(in_key, out_key, center, normalize_rows)
+        self.mode = check_mode(mode)
 
     def _value(self, table: SpectrumTable) -> Float[Tensor, "*lead l"]:
         return renyi_entropy(table.shares).exp()

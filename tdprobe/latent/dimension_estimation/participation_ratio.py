@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.latent.spectrum_estimator import SpectrumEstimator
-from tdprobe.registry import Spec, register
+from tdprobe.registry import Mode, Spec, check_mode, register
 from tdprobe.stats.spectrum import Spectrum, SpectrumTable
 
 
@@ -37,9 +37,10 @@ class ParticipationRatioEstimator(SpectrumEstimator):
         out_key: Key to write, ``(*lead,)`` float32.
         center: Subtract the column means; without it a common offset is a direction, often the largest.
         normalize_rows: Divide each row by its length, before centring.
+        mode: ``"strict"`` or ``"robust"``; both say the same.
 
     Raises:
-        ConfigError: A bad key or flag.
+        ConfigError: A bad key, flag or mode.
 
     Example:
         >>> import torch
@@ -60,8 +61,10 @@ class ParticipationRatioEstimator(SpectrumEstimator):
         *,
         center: bool = True,
         normalize_rows: bool = False,
+        mode: Mode = "strict",
     ) -> None:
         super().__init__(in_key, out_key, center, normalize_rows)
+        self.mode = check_mode(mode)
 
     def derivation(self, state: Any) -> Spectrum:
         """Ask for the sum of squared eigenvalues only."""

@@ -18,7 +18,7 @@ from tdprobe.stats.joint_entropy import JointEntropy, JointEntropyTable
         kind="pair",
         symmetric=True,
         bounds=(0.0, float("inf")),
-        larger_means="more ways in which samples differ in either",
+        larger_means="more different samples in either",
         invariant_to=frozenset({"permutation", "orthogonal", "isotropic scaling", "translation"}),
         needs=("reservoir",),
         cost="n^2 d per layer and n^2 per pair, for a bank of n rows; n^3 per pair for orders other than 2",

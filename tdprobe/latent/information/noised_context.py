@@ -18,7 +18,8 @@ from tdprobe.latent.information.noise import FeatureMoments, NoiseLevels, draw
 from tdprobe.latent.information.noised_estimator import BOUNDS, NoisedInformationEstimator
 from tdprobe.latent.layer_stream import StreamContext
 from tdprobe.latent.score_blocks import score_blocks
-from tdprobe.latent.scorer import DEFAULT_PORTION, Scorer
+from tdprobe.latent.scorer import Scorer
+from tdprobe.latent.scoring_options import DEFAULT_PORTION
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.call import Call
 from tdprobe.stream.edits import write_rows

@@ -16,8 +16,8 @@ from tdprobe.latent.information.noise import NoiseLevels
 from tdprobe.latent.information.noised_context import NoisedContext
 from tdprobe.latent.information.noised_estimator import check_noise
 from tdprobe.latent.layer_stream import LayerStreaming, layer_value
-from tdprobe.latent.scorer import DEFAULT_MAX_NORM
 from tdprobe.latent.scoring import ScoredModule
+from tdprobe.latent.scoring_options import DEFAULT_MAX_NORM
 from tdprobe.stream.outliers import check_max_norm
 
 

@@ -21,11 +21,13 @@ class Correlations(PairMeasure):
         share: Share of the variance, 1 for all axes.
         ridge: Added to the variances, relative to their sum.
         squared: Take the mean of the squares.
+        known: NaN where a layer has as many axes as the rows allow: it correlates perfectly with anything.
     """
 
     share: float = 1.0
     ridge: float = 0.0
     squared: bool = False
+    known: bool = False
 
     def whitening(self, layer: Axes) -> Tensor:
         """Return ``1 / sqrt(variance + ridge)`` of the axes that count, 0 of all others."""
@@ -45,7 +47,13 @@ class Correlations(PairMeasure):
         found = white.square().flatten(-2) if self.squared else torch.linalg.svdvals(white)
         # Rounding may leave the bounds.
         mean = (found.sum(-1) / count).clamp(max=1)
+        mean = torch.where(self.certain(a, left, right), torch.nan, mean)
         return mean, mean
+
+    def certain(self, layer: Axes, left: Tensor, right: Tensor) -> Tensor:
+        """Tell where it was clear beforehand that all correlations would be 1, and is not to be told."""
+        full = torch.maximum((left > 0).sum(-1), (right > 0).sum(-1)) >= layer.n - 1
+        return full & (self.known and self.ridge == 0)
 
 
 @register(
@@ -67,9 +75,9 @@ class CcaEstimator(CrossMomentsEstimator):
     The singular values of ``S_x^-1/2 S_xy S_y^-1/2``, with the covariances S, are the correlations of the pairs of
     directions that correlate most; their mean is taken over the smaller rank of the two. Every direction counts alike,
     however small its variance: with n rows, independent layers of width d have a mean square of about ``d / n``, and 1
-    where rows are fewer than columns.
+    where rows are fewer than columns, whatever the layers; with ``mode="robust"`` that is NaN.
 
-    Axes whose variance is below the rounding of the products count as none. ``mode`` changes nothing.
+    Axes whose variance is below the rounding of the products count as none.
 
     With ``sketch`` the value is that of random directions, as many as the sketch has columns; there is no closed
     correction, since the best combinations of all columns are not among those of the sketch. Between every third
@@ -84,7 +92,7 @@ class CcaEstimator(CrossMomentsEstimator):
             itself is then below 1.
         squared: Take the mean of the squared correlations.
         sketch: Columns to keep of wider layers, for speed.
-        mode: ``"strict"`` or ``"robust"``.
+        mode: ``"strict"``, or ``"robust"``: NaN instead of a 1 that is due to too few rows.
 
     Raises:
         ConfigError: A bad key, mode or sketch, or a negative ``ridge``.
@@ -117,4 +125,4 @@ class CcaEstimator(CrossMomentsEstimator):
 
     def measure(self) -> Correlations:
         """Count all axes."""
-        return Correlations(ridge=float(self.ridge), squared=self.squared)
+        return Correlations(ridge=float(self.ridge), squared=self.squared, known=self.mode == "robust")

@@ -145,7 +145,7 @@ class CkaEstimator(PairEstimator):
             state: `GramState`, `CrossState`, `ReservoirState` or `KernelTable`.
 
         Returns:
-            ``"score"``, ``(*lead, l, l)`` float64; of a bank also its standard error ``"se"`` and ``"finite"``.
+            ``"score"``, ``(*lead, l, l)`` float64; ``"finite"``; of a bank also its standard error ``"se"``.
 
         Raises:
             ConfigError: Fewer than 4 rows with ``unbiased=True``.
@@ -153,7 +153,8 @@ class CkaEstimator(PairEstimator):
         if self._unbiased and int(state.n) < 4:
             raise ConfigError(f"got {int(state.n)} rows; cka with unbiased=True needs at least 4")
         if not isinstance(state, (ReservoirState, KernelTable)):
-            return TensorDict({"score": _ratio(state, self.eps)})
+            # What is not finite in a layer is not finite in its sums.
+            return TensorDict({"score": _ratio(state, self.eps), "finite": state.power.isfinite()})
         table = as_kernels(state, Kernels((self._kernel,)))
         return table.scored(self._kernel, lambda sums: sums.alignment(self._unbiased), self.eps)
 

@@ -113,5 +113,5 @@ def require_ridge(ridge: float) -> None:
     Raises:
         ConfigError: It is.
     """
-    if not ridge >= 0:
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise ConfigError(f"got ridge={ridge!r}; allowed are numbers from 0 on, relative to the total variance")

@@ -20,19 +20,23 @@ class ProjectionWeighted(PairMeasure):
 
     Args:
         ridge: Added to the variances, relative to their sum.
+        known: NaN where a layer has as many axes as the rows allow, see `Correlations`.
     """
 
     ridge: float = 0.0
+    known: bool = False
 
     def __call__(self, covariance: Tensor, a: Axes, b: Axes) -> tuple[Tensor, Tensor]:
         """Weigh by the first layer, and by the second."""
-        whitening = Correlations(ridge=self.ridge).whitening
-        left, right = whitening(a), whitening(b)
+        plain = Correlations(ridge=self.ridge, known=self.known)
+        left, right = plain.whitening(a), plain.whitening(b)
         u, rho, v = torch.linalg.svd(weighted(covariance, left, right), full_matrices=False)
         # Directions beyond the smaller rank are arbitrary.
         used = torch.arange(rho.shape[-1], device=rho.device) < torch.minimum(a.rank, b.rank).unsqueeze(-1)
         u, v = u * used.unsqueeze(-2), v * used.unsqueeze(-1)
-        return _weighted_mean(u, rho, a, left), _weighted_mean(v.mT, rho, b, right)
+        there, back = _weighted_mean(u, rho, a, left), _weighted_mean(v.mT, rho, b, right)
+        certain = plain.certain(a, left, right)
+        return torch.where(certain, torch.nan, there), torch.where(certain, torch.nan, back)
 
 
 def _weighted_mean(directions: Tensor, rho: Tensor, layer: Axes, white: Tensor) -> Tensor:
@@ -63,7 +67,8 @@ class PwccaEstimator(CrossMomentsEstimator):
     ``sum_k w_k rho_k / sum_k w_k`` with ``w_k = sum_j |<h_k, x_j>|``, the projections of the centred columns ``x_j`` of
     the first layer onto its canonical variates ``h_k``. Any widths will do: there are as many variates as the smaller
     rank. The value depends on the columns of the first layer and not only on what they span, but not on those of the
-    second: swapping the two changes it. ``mode`` changes nothing.
+    second: swapping the two changes it. Where a layer has as many axes as rows allow, it is 1 whatever the layers; with
+    ``mode="robust"`` that is NaN.
 
     With ``sketch`` the columns are those of the sketch: another quantity. Between layers of SmolLM2 (d = 576,
     sketch=256) it is 0.05 lower on average and 0.19 at most, of 0.43 to 0.85 (rank correlation 0.93).
@@ -109,4 +114,4 @@ class PwccaEstimator(CrossMomentsEstimator):
 
     def measure(self) -> ProjectionWeighted:
         """Weigh by the columns of either layer."""
-        return ProjectionWeighted(float(self.ridge))
+        return ProjectionWeighted(float(self.ridge), self.mode == "robust")
