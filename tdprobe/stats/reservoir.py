@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,9 @@ from tdprobe.stats.state import (
     undisturbed,
     working_dtype,
 )
+
+# A bank is never made smaller than this to save memory.
+FEWEST = 512
 
 
 def _order(ids: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
@@ -131,6 +134,14 @@ class Reservoir(Statistic):
     def route(self) -> str:
         """Say how many rows at most."""
         return f"bank of {self.size} rows"
+
+    def nbytes(self, widths: Sequence[int], data_sets: int = 1) -> int:
+        """Return the size of a full bank of float32 in bytes."""
+        return self.size * (8 + 4 * data_sets * sum(widths))
+
+    def cheaper(self) -> Reservoir | None:
+        """Keep half of the rows, down to a number that neighbours need."""
+        return replace(self, size=self.size // 2) if self.size >= 2 * FEWEST else None
 
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> ReservoirState:
         """Return an empty sample for the layers of ``rows``."""

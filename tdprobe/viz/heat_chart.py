@@ -13,7 +13,7 @@ import numpy as np
 
 from tdprobe.errors import require_extra
 from tdprobe.tables.summary import larger_is_similar, spec_of
-from tdprobe.viz.labels import colour_range, shorten
+from tdprobe.viz.labels import colour_range, null_limit, null_note, shorten
 from tdprobe.viz.vega import choice, finish, label_axis, plain_numbers
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ TITLE = f"estimator + ': ' + pair + ({COUNT} ? ' (n = ' + {COUNT} + {NOTE} + ')'
 ERROR = "isValid(datum.se) ? ' ± ' + format(datum.se, '.2~g') : ''"
 NULL = "isValid(datum.p) ? ', p = ' + format(datum.p, '.3~g') : ''"
 SCORE = f"isValid(datum.value) ? format(datum.value, '.5~g') + ({ERROR}) + ({NULL}) : 'none'"
-ALPHA = 0.05
 # The bright half of viridis, where text must be dark, lies at the low end if small scores mean similar.
 BRIGHT = f"((datum.value - {LOW}) / ({HIGH} - {LOW}) > 0.6) != ranges[estimator].reverse"
 # A pair of other models may lack the layer that was marked last.
@@ -96,7 +95,7 @@ def _frame(alt: Any, spots: dict[str, Any]) -> list[Any]:
 
 def _null_dots(alt: Any, spots: dict[str, Any]) -> Any:
     """Mark the scores that unrelated rows reach too."""
-    within = _unrolled(_rows(alt)).transform_filter(f"isValid(datum.p) && datum.p > {ALPHA}")
+    within = _unrolled(_rows(alt)).transform_filter("isValid(datum.p) && isValid(datum.limit) && datum.p > datum.limit")
     return within.mark_circle(size=14, color="white", stroke="black", strokeWidth=0.6, aria=False).encode(**spots)
 
 
@@ -159,7 +158,7 @@ def _controls(alt: Any, blocks: Sequence[ScoreBlock]) -> list[Any]:
         alt.param(name="fit", value=False, bind=alt.binding_checkbox(name="Fit colours to the data")),
         alt.param(name="ranges", value=ranges),
         alt.param(name="counts", value=counts),
-        alt.param(name="notes", value={block.title: _note(block) for block in blocks}),
+        alt.param(name="notes", value={block.title: null_note(block.p) for block in blocks}),
     ]
 
 
@@ -187,13 +186,10 @@ def _heat_record(block: ScoreBlock, short_a: dict[str, str], short_b: dict[str, 
         "values": [plain_numbers(line) for line in block.values],
         "errors": _lines(block.se, block),
         "nulls": _lines(block.p, block),
+        "limit": null_limit(block.p),
     }
 
 
 def _lines(values: np.ndarray | None, block: ScoreBlock) -> list[list[float | None]]:
     known = np.full(block.values.shape, np.nan) if values is None else values
     return [plain_numbers(line) for line in known]
-
-
-def _note(block: ScoreBlock) -> str:
-    return f"; dots: p > {ALPHA:g}" if block.p is not None and (np.nan_to_num(block.p) > ALPHA).any() else ""

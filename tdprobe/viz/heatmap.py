@@ -10,7 +10,7 @@ import numpy as np
 from tdprobe.errors import ConfigError, require_extra
 from tdprobe.tables.summary import larger_is_similar, spec_of
 from tdprobe.viz.figure import canvas, fold, new_figure, thin_ticks
-from tdprobe.viz.labels import colour_range, shorten
+from tdprobe.viz.labels import colour_range, null_limit, null_note, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 NUMBERED_LAYERS = 8
 NO_SCORE = "0.75"
 SIDE = 4.6
-ALPHA = 0.05
 
 
 def heatmap(
@@ -75,7 +74,7 @@ def heatmap(
     _mark_null(ax, p)
     names = " × ".join(dict.fromkeys(filter(None, (checkpoint_a, checkpoint_b))))
     count = f" (n = {n})" if n is not None else ""
-    heading = f"{estimator}{': ' if names else ''}{names}{count}{_legend(p)}" if title is None else title
+    heading = f"{estimator}{': ' if names else ''}{names}{count}{null_note(p)}" if title is None else title
     ax.set_title(fold(heading, SIDE), loc="left", fontsize=11)
     _colour_bar(figure, image, [ax], estimator, spec)
     return figure
@@ -93,7 +92,7 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
         owners = (block.checkpoint_a, block.checkpoint_b)
         image = _draw(ax, block.values, (block.layers_a, block.layers_b or ()), owners, limits, spec, ticks=16)
         _mark_null(ax, block.p)
-        ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n}){_legend(block.p)}", 3.2), loc="left", fontsize=10)
+        ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n}){null_note(block.p)}", 3.2), loc="left", fontsize=10)
     for ax in panels[len(blocks) :]:
         ax.set_axis_off()
     _colour_bar(figure, image, list(panels), blocks[0].estimator, spec)
@@ -101,14 +100,10 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
 
 
 def _mark_null(ax: Axes, p: np.ndarray | None) -> None:
-    rows, columns = np.nonzero(np.nan_to_num(p) > ALPHA) if p is not None else ([], [])
-    if len(rows):
+    if p is not None and (limit := null_limit(p)) is not None:
+        rows, columns = np.nonzero(np.nan_to_num(p) > limit)
         # Light inside dark shows on every colour.
         ax.scatter(columns, rows, s=9, c="white", edgecolors="black", linewidths=0.5)
-
-
-def _legend(p: np.ndarray | None) -> str:
-    return f"; dots: p > {ALPHA:g}" if p is not None and (np.nan_to_num(p) > ALPHA).any() else ""
 
 
 def _size(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+ALPHA = 0.05
+
 
 class Labels(NamedTuple):
     """Short names, and the pattern that says what was left out (``""`` if nothing was)."""
@@ -58,3 +60,21 @@ def colour_range(values: np.ndarray, spec: Any | None = None) -> tuple[float, fl
 
 def _shared(parts: Sequence[Sequence[str]]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+
+
+def null_limit(p: np.ndarray | None) -> float | None:
+    """Return the p above which a score counts as one that unrelated rows reach; ``None`` where no score does.
+
+    0.05, or the smallest p where few permutations allow no p as small as that.
+    """
+    known = p[np.isfinite(p)] if p is not None else np.zeros(0)
+    if not known.size:
+        return None
+    limit = max(ALPHA, float(known.min()))
+    return limit if (known > limit).any() else None
+
+
+def null_note(p: np.ndarray | None) -> str:
+    """Say in a title what dots are."""
+    limit = null_limit(p)
+    return "" if limit is None else f"; dots: p > {limit:.2g}"

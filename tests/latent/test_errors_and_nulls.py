@@ -179,11 +179,18 @@ class TestRoutes:
         ]
 
     def test_a_state_beyond_the_budget_takes_a_cheaper_route_and_says_so(self, monkeypatch):
-        monkeypatch.setattr(Cross, "cheaper", lambda self: Reservoir(64))
-        with pytest.warns(UserWarning, match="takes the route 'bank of 64 rows' instead"):
-            scoring = scorer(CkaEstimator(), memory_budget=1000.0)
+        monkeypatch.setattr(Cross, "cheaper", lambda self: Reservoir(32))
+        with pytest.warns(UserWarning, match="takes the route 'bank of 32 rows' instead"):
+            scoring = scorer(CkaEstimator(), memory_budget=5000.0)
             scoring._begin(Batch({"a": normal(20, 30)}, IDS[:20]))
-        assert next(iter(scoring._states)).statistic == Reservoir(64)
+        assert next(iter(scoring._states)).statistic == Reservoir(32)
+
+    def test_a_bank_is_halved_until_it_fits_or_refused(self):
+        rows = {"a": normal(40, 300)}
+        with pytest.warns(UserWarning, match="takes the route 'bank of 1024 rows' instead"):
+            assert push(scorer("twonn", memory_budget=2e6), rows).scored()["twonn"].route == "bank of 1024 rows"
+        with pytest.raises(ConfigError, match="twonn by bank of 512 rows would keep"):
+            push(scorer("twonn", memory_budget=1e5), rows)
 
     def test_or_is_refused_before_anything_is_kept(self, monkeypatch):
         monkeypatch.setattr(Moments, "cheaper", lambda self: None)

@@ -228,6 +228,9 @@ def test_dots_mark_what_unrelated_rows_reach_and_the_title_says_so():
     (dots,) = figure.axes[0].collections
     assert dots.get_offsets().tolist() == [[1.0, 0.0]]
     assert figure.axes[0].get_title(loc="left").endswith("dots: p > 0.05")
+    few = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.array([[0.1, 0.1], [0.1, 0.3]]))
+    assert few.axes[0].collections[0].get_offsets().tolist() == [[1.0, 1.0]]
+    assert few.axes[0].get_title(loc="left").endswith("dots: p > 0.1")
     plain = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.full((2, 2), 0.01))
     assert not plain.axes[0].collections and "dots" not in plain.axes[0].get_title(loc="left")
 
