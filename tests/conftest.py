@@ -52,8 +52,8 @@ def load_float32(name: str) -> tuple[nn.Module, Any]:
 
 @pytest.fixture(scope="session")
 def hooks_of() -> Callable[[nn.Module], int]:
-    """Return the function that counts the hooks of every kind on every module of a model."""
-    return lambda model: len(all_hooks(model))
+    """Return the function that counts the hooks of every kind that a test may not leave on any module of a model."""
+    return lasting_hooks
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def entropy(weights):
 
 def median_kernel(x):
     gaps = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
-    return (-gaps / (2 * gaps[gaps.triu(1) > 0].median())).exp()
+    return (-gaps / (2 * gaps[gaps.triu(1) > 0].quantile(0.5))).exp()
 
 
 def joint_entropy(x, y):

@@ -175,3 +175,19 @@ def weighted(covariance: Float[Tensor, "*s p q"], left: Float[Tensor, "*s p"], r
     """Weigh axes on both sides, and leave out those at the end that weigh nothing anywhere."""
     p, q = (1 + max([0, *(w > 0).flatten(0, -2).any(0).nonzero().flatten().tolist()]) for w in (left, right))
     return left[..., :p].unsqueeze(-1) * covariance[..., :p, :q] * right[..., :q].unsqueeze(-2)
+
+
+def svd(matrix: Float[Tensor, "*s p q"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a matrix into ``U``, singular values in descending order, and ``V'``."""
+    try:
+        return torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        # The solver gives up on many equal values, such as the correlations of fewer rows than columns; the symmetric
+        # one does not. It knows small values to half of the digits.
+        if matrix.shape[-2] > matrix.shape[-1]:
+            v, values, u = svd(matrix.mT)
+            return u.mT, values, v.mT
+        squares, u = torch.linalg.eigh(matrix @ matrix.mT)
+        values, u = squares.flip(-1).clamp(min=0).sqrt(), u.flip(-1)
+        v = matrix.mT @ u / values.clamp(min=torch.finfo(matrix.dtype).tiny).unsqueeze(-2)
+        return u, values, v.mT

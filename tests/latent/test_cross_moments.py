@@ -451,3 +451,21 @@ def test_robust_says_nothing_where_the_number_of_rows_decides(cls):
         a, b = pair(8, n, 3)
         found = cls(mode="robust")(TensorDict({"data_a": a, "data_b": b}))[key]
         assert found.isnan() != known and (not known or found < 1)
+
+
+def test_the_fallback_of_the_decomposition_is_one(monkeypatch):
+    from tdprobe.stats.spectra import svd
+
+    g = torch.Generator().manual_seed(0)
+    matrices = torch.randn(2, 5, 3, generator=g, dtype=torch.float64)
+
+    def refuse(*args, **kwargs):
+        raise torch.linalg.LinAlgError("many equal values")
+
+    expected = torch.linalg.svdvals(matrices)
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    for matrix in (matrices, matrices.mT):
+        u, values, v = svd(matrix)
+        torch.testing.assert_close(values, expected, rtol=1e-7, atol=0)
+        torch.testing.assert_close(u * values.unsqueeze(-2) @ v, matrix, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(u.mT @ u, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), rtol=0, atol=1e-7)

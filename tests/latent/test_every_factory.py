@@ -39,6 +39,16 @@ PLACES = {
 }
 
 
+def unhooked(model: nn.Module) -> nn.Module:
+    """Copy a model without the capture hooks that transformers has put on it for another test."""
+    twin = copy.deepcopy(model)
+    for part in twin.modules():
+        for name, table in vars(part).items():
+            if name.endswith("_hooks") and table is not None:
+                table.clear()
+    return twin
+
+
 @pytest.fixture(scope="module")
 def models(tiny_llama: nn.Module) -> dict[str, nn.Module]:
     from transformers import BertConfig, BertModel
@@ -48,7 +58,7 @@ def models(tiny_llama: nn.Module) -> dict[str, nn.Module]:
         config = BertConfig(
             vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
         )
-        return {"llama": copy.deepcopy(tiny_llama), "bert": BertModel(config).eval()}
+        return {"llama": unhooked(tiny_llama), "bert": BertModel(config).eval()}
 
 
 def other_than(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,7 +212,7 @@ def test_what_is_written(models: Any, kind: str, place: str, tokens: str, side: 
 @pytest.mark.parametrize("first", ["edit", "observer"])
 @pytest.mark.parametrize("kind", OBSERVERS)
 def test_an_observer_sees_the_edit(tiny_llama: nn.Module, kind: str, first: str, captured: str) -> None:
-    model, name = copy.deepcopy(tiny_llama), "model.layers.1"
+    model, name = unhooked(tiny_llama), "model.layers.1"
     plain, steered = Run(kind, name, tokens="all"), Run(kind, name, tokens="all")
     with torch.no_grad():
         with plain.prepare(model) as hooked:
@@ -231,7 +241,7 @@ def by_hand_states(model: nn.Module) -> list[Tensor]:
     ("kind", "tokens"), [(k, t) for k in KINDS for t in ("last", -1, "mean") if t != "mean" or k in OBSERVERS]
 )
 def test_padding_without_a_mask_is_refused(tiny_llama: nn.Module, kind: str, tokens: Any, hooks_of: Any) -> None:
-    model = copy.deepcopy(tiny_llama)
+    model = unhooked(tiny_llama)
     model.config.pad_token_id = 0
     run, bare = Run(kind, "model.layers.1", tokens=tokens), {"input_ids": IDS}
     with pytest.raises(ValueError, match=r"row 1 .* 2 pad tokens \(id 0\)"), torch.no_grad():
@@ -278,7 +288,7 @@ def test_the_callers_tensordict_gets_outputs_only(kind: str) -> None:
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_trace_is_left(tiny_llama: nn.Module, kind: str, error: Any, tmp_path: Any) -> None:
-    model, fired = copy.deepcopy(tiny_llama), []
+    model, fired = unhooked(tiny_llama), []
     model.model.layers[1].register_forward_hook(lambda *_: fired.append(1))
     model.model.layers[0].requires_grad_(False)
     run = Run(kind, "model.layers.1")
@@ -334,7 +344,7 @@ def test_what_is_kept_out_of_inference_mode_is_ordinary(tiny_llama: nn.Module, k
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes_stay_those_of_the_activation(tiny_llama: nn.Module, kind: str, dtype: torch.dtype) -> None:
-    model, run = copy.deepcopy(tiny_llama).to(dtype), Run(kind, "model.layers.1", tokens="all")
+    model, run = unhooked(tiny_llama).to(dtype), Run(kind, "model.layers.1", tokens="all")
     with torch.no_grad(), run.prepare(model) as hooked:
         output = run.call(hooked, RIGHT)
     value = run.read() if kind in OBSERVERS else output.logits
@@ -361,7 +371,7 @@ def test_what_is_kept_is_immune_to_later_writes(kind: str, mode: Any) -> None:
 
 @pytest.mark.parametrize("kind", OBSERVERS)
 def test_early_stop_spares_the_rest_and_changes_nothing_that_is_read(tiny_llama: nn.Module, kind: str) -> None:
-    model, later = copy.deepcopy(tiny_llama), []
+    model, later = unhooked(tiny_llama), []
     model.model.layers[2].register_forward_hook(lambda *_: later.append(1))
     runs = [Run(kind, "model.layers.1", tokens="all", early_stop=stop) for stop in (False, True)]
     for run in runs:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tdprobe.latent.representation_similarity.cca import Correlations
 from tdprobe.latent.representation_similarity.cross_moments import CrossMomentsEstimator, require_ridge
 from tdprobe.registry import Mode, Spec, register
-from tdprobe.stats.spectra import Axes, PairMeasure, weighted
+from tdprobe.stats.spectra import Axes, PairMeasure, svd, weighted
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ProjectionWeighted(PairMeasure):
         """Weigh by the first layer, and by the second."""
         plain = Correlations(ridge=self.ridge, known=self.known)
         left, right = plain.whitening(a), plain.whitening(b)
-        u, rho, v = torch.linalg.svd(weighted(covariance, left, right), full_matrices=False)
+        u, rho, v = svd(weighted(covariance, left, right))
         # Directions beyond the smaller rank are arbitrary.
         used = torch.arange(rho.shape[-1], device=rho.device) < torch.minimum(a.rank, b.rank).unsqueeze(-1)
         u, v = u * used.unsqueeze(-2), v * used.unsqueeze(-1)
