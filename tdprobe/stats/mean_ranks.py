@@ -1,8 +1,8 @@
-"""How far the nearest rows of one layer are in another: each block of rows is sorted once for all other layers."""
+"""How far the nearest rows of one layer are in another: by counting, or by one sort for many other layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ from tdprobe.stats.order import ascending
 
 # Points in doubt that are measured at once.
 MEMBERS = 2**14
+# Targets of a row from which on sorting its points once costs less than comparing them with each.
+SORTED = 6
+# Yields, for doubts (rows and columns), which of them a point is a member of, and the point.
+Members = Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -90,37 +94,60 @@ def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, 
     reach = space.ceiling(rows, seen + space.offset(rows).unsqueeze(1), point, space.dtype)
     slack = 2 * space.slack(rows, reach, space.dtype)
     low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
-    order = ascending(block)
-    below, upto = _between(block.gather(1, order), low, high)
-    weights = _upto(space.repeats.double()[order]) if space.points < len(space.rows) else None
-    nearer, perhaps = (x.double() if weights is None else weights.gather(1, x) for x in (below, upto))
+    count = _by_sorting if other.shape[1] >= SORTED else _by_counting
+    nearer, perhaps, members = count(space, block, low.contiguous(), high.contiguous())
     tied = space.repeats[point].double()
     some = (perhaps - nearer != tied) & ~copy
     tied[some] = 0
     row, column = some.nonzero().unbind(1)
     target = space.exact(rows[row], point[some])
-    first, count = below[some], (upto - below)[some]
-    for part in _parts(count):
-        members = row[part].repeat_interleave(count[part]), column[part].repeat_interleave(count[part])
-        within = torch.arange(len(members[0]), device=rows.device)
-        within -= (count[part].cumsum(0) - count[part]).repeat_interleave(count[part])
-        points = order[members[0], first[part].repeat_interleave(count[part]) + within]
-        more, equal = _decided(space, rows[members[0]], points, target[part].repeat_interleave(count[part]))
-        nearer.index_put_(members, more, accumulate=True)
-        tied.index_put_(members, equal, accumulate=True)
+    for doubt, points in members(row, column):
+        place = row[doubt], column[doubt]
+        more, equal = _decided(space, rows[place[0]], points, target[doubt])
+        nearer.index_put_(place, more, accumulate=True)
+        tied.index_put_(place, equal, accumulate=True)
     # A row's own copies are at distance 0, and its point was left out of the block.
     copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
     return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2)
 
 
-def _between(ordered: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the entries of each row below one bound and up to the other."""
-    return torch.searchsorted(ordered, low.contiguous()), torch.searchsorted(ordered, high.contiguous(), right=True)
+def _by_counting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Members]:
+    """Compare every point with every bound: what few targets take."""
+    weights, mark = space.repeats.to(block.dtype), torch.empty_like(block)
+    nearer, perhaps = (torch.empty(low.shape, dtype=torch.float64, device=block.device) for _ in range(2))
+    for column in range(low.shape[1]):
+        nearer[:, column] = torch.lt(block, low[:, column : column + 1], out=mark) @ weights
+        perhaps[:, column] = torch.le(block, high[:, column : column + 1], out=mark) @ weights
+
+    def members(row: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.arange(len(row), device=row.device).split(max(1, EXACT_BLOCK // block.shape[1])):
+            place = row[part], column[part]
+            values = block[place[0]]
+            inside = (values >= low[place].unsqueeze(1)) & (values <= high[place].unsqueeze(1))
+            doubt, points = inside.nonzero().unbind(1)
+            yield part[doubt], points
+
+    return nearer, perhaps, members
 
 
-def _upto(weights: Tensor) -> Tensor:
-    """Sum the weights before each place, and all of them."""
-    return torch.nn.functional.pad(weights.cumsum(1), (1, 0))
+def _by_sorting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Members]:
+    """Sort the points of each row once for all targets: what many take."""
+    order = ascending(block)
+    ordered = block.gather(1, order)
+    below, upto = torch.searchsorted(ordered, low), torch.searchsorted(ordered, high, right=True)
+
+    def members(row: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        first, count = below[row, column], (upto - below)[row, column]
+        for part in _parts(count):
+            doubt = torch.arange(part.start, part.stop, device=row.device).repeat_interleave(count[part])
+            within = torch.arange(len(doubt), device=row.device)
+            within -= (count[part].cumsum(0) - count[part]).repeat_interleave(count[part])
+            yield doubt, order[row[doubt], first[doubt] + within]
+
+    if space.points == len(space.rows):
+        return below.double(), upto.double(), members
+    weights = torch.nn.functional.pad(space.repeats.double()[order].cumsum(1), (1, 0))
+    return weights.gather(1, below), weights.gather(1, upto), members
 
 
 def _parts(count: Tensor) -> Iterator[slice]:

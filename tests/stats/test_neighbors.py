@@ -191,3 +191,14 @@ def test_random_small_integers_with_all_their_ties(seed, n, width, high, distinc
     assert float(table[0, 1]) == pytest.approx(imbalance(x, y), abs=1e-12)
     order = torch.randperm(n, generator=g)
     assert torch.allclose(Neighbors(imbalance=True).of_rows([x[order], y[order]]).imbalance, table, rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", hard_layers())
+def test_counting_and_sorting_give_the_same_ranks(kind, monkeypatch):
+    rows = list(hard_layers()[kind])
+    found = {}
+    for bound in (1, 99):
+        monkeypatch.setattr("tdprobe.stats.mean_ranks.SORTED", bound)
+        found[bound] = Neighbors(imbalance=True).of_rows(rows).imbalance
+    assert torch.equal(found[1], found[99])
+    assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
