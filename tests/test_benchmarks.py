@@ -124,6 +124,10 @@ def test_every_bench_runs_on_toys(name, harness, load, monkeypatch):
     results = harness.run(bench, harness.Setup(rounds=1, tiny=True))
     assert [result.label for result in results] == list(bench.bars)
     for result in results:
+        if (name, result.label) == ("disentanglement", "largest difference in value") and result.note:
+            # Its values can only be compared with those of the peer itself.
+            assert result.note == "latte-metrics not installed"
+            continue
         assert math.isfinite(result.figure)
         assert result.ratio > 0
         assert result.ok is None
