@@ -57,7 +57,8 @@ def match_modules(root: nn.Module, pattern: str, *, prefix: str = "", required: 
     Args:
         root: The model whose ``named_modules`` give the names.
         pattern: Regular expression for ``re.match``: anchored at the start of the name, open at its end.
-        prefix: Put before every name, for names that start above the model.
+        prefix: Put before every name, for names that start above the model; it is then the name of the model itself,
+            which has none otherwise.
         required: Refuse a pattern that matches nothing.
 
     Returns:
@@ -71,9 +72,10 @@ def match_modules(root: nn.Module, pattern: str, *, prefix: str = "", required: 
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     for name, module in walk(root):
-        if name and matches(lead + name) and id(module) not in seen and runs(module):
+        full = lead + name if name else prefix
+        if full and matches(full) and id(module) not in seen and runs(module):
             seen.add(id(module))
-            found[lead + name] = module
+            found[full] = module
     if required and not found:
         raise ConfigError(_nothing_matches(pattern, [lead + name for name, _ in named_submodules(root)], root))
     return found

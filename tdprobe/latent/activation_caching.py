@@ -10,8 +10,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from tdprobe._tracker import CallTracker
+from tdprobe._types import UnraveledKey
 from tdprobe.contexts import HookingContextFactory, HookingContextWithCache, Site
-from tdprobe.errors import ConfigError
+from tdprobe.errors import CallError, ConfigError
 from tdprobe.hooks import Hook, HookDirection, MultiHookHandle, check_callback, get_direction, match_modules
 from tdprobe.hooks.match import compile_pattern
 from tdprobe.latent.caching_hooks import capture_hook
@@ -79,6 +80,28 @@ class CachingContext(HookingContextWithCache):
             self.phases.setdefault(key, []).append(call.phase if call else "prompt")
 
 
+class CachingModule(HookedModule):
+    """A model whose calls hand out the cache with the outputs, if there is a key for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        key: Any = self.hooking_context.factory.cache_key
+        self.__dict__["_published"] = key
+        if key is None:
+            return
+        taken = [out for out in self.td_module.out_keys if _overlap(_parts(out), _parts(key))]
+        if taken:
+            raise ConfigError(f"cache_key={key!r} is in the way of the output {taken[0]!r}; choose another key")
+        self._out_keys_apparent = [*self.td_module.out_keys, key]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; a TensorDict gets what is cached by then, which later calls leave alone."""
+        result = super().forward(*args, **kwargs)
+        if self._published is not None and len(args) == 1 and isinstance(args[0], TensorDictBase):
+            result.set(self._published, self.hooking_context.cache.copy())
+        return result
+
+
 class ActivationCaching(HookingContextFactory):
     """Cache activations of the modules that a pattern matches.
 
@@ -89,15 +112,17 @@ class ActivationCaching(HookingContextFactory):
 
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name.
-        relative: Names start at the user's model; ``False`` starts them at the wrapper (``td_module.module.``).
+        relative: Names start at the user's model; ``False`` starts them at the wrapper, where the model itself
+            has a name too (``td_module.module``).
         cache: The TensorDict to fill; ``None`` makes one per context.
-        callback: Called by keyword with what the torch hook of the direction gets, and ``key`` and ``direction``;
-            returns the value to cache.
+        callback: Called by keyword with what the torch hook of the direction gets, and ``key`` (that of the cache) and
+            ``direction``; returns the value to cache.
         directions: ``"fwd"``, ``"fwd_kwargs"``, ``"fwd_pre"``, ``"fwd_pre_kwargs"``, ``"bwd"``, ``"bwd_pre"``;
             ``None`` means ``["fwd"]``.
         use_nested_keys: Use ``(direction, name)`` as keys; always so for more than one direction.
         clear_cache: Empty the cache on every enter.
-        cache_key: Put all keys below this one.
+        cache_key: Write a copy of the cache (not of its tensors) under this key into the TensorDict of each call of
+            the hooked module; ``None`` leaves it with the context only.
         tokens: Cache only these tokens, as (n, width) rows; see :class:`tdprobe.stream.tokens.TokenClause`.
         skip_first: With ``tokens``: leave out the first real tokens of each row.
         occurrences: ``"last"`` or ``"all"``; with ``"all"``, ``context.occurrences`` keeps every call.
@@ -118,6 +143,7 @@ class ActivationCaching(HookingContextFactory):
     """
 
     _hooking_context_class = CachingContext
+    _hooked_module_class = CachingModule
 
     def __init__(
         self,
@@ -128,7 +154,7 @@ class ActivationCaching(HookingContextFactory):
         directions: Sequence[HookDirection] | None = None,
         use_nested_keys: bool = False,
         clear_cache: bool = True,
-        cache_key: str | None = None,
+        cache_key: str | tuple[str, ...] | None = None,
         *,
         tokens: Any = None,
         skip_first: int = 0,
@@ -143,13 +169,15 @@ class ActivationCaching(HookingContextFactory):
             raise ConfigError(
                 "early_stop ends a pass at the first run of each module; occurrences='all' cannot be kept"
             )
+        if cache_key is not None and not isinstance(cache_key, UnraveledKey):
+            raise CallError(f"cache_key is a string, a flat tuple of strings or None, got {cache_key!r}")
         selects = tokens is not None or bool(skip_first)
         self.key_pattern = key_pattern
         self._relative = relative
         self._callback = callback
         self._directions = _checked_directions(directions, early_stop=early_stop, selects=selects)
         self._use_nested_keys = use_nested_keys or len(self._directions) > 1
-        self._cache_key = cache_key
+        self.cache_key = cache_key
         self.clause = TokenClause("all" if tokens is None else tokens, skip_first) if selects else None
         self.occurrences = occurrences
         self.early_stop = early_stop
@@ -176,18 +204,25 @@ class ActivationCaching(HookingContextFactory):
         hooks: list[Hook] = []
         if self.clause is not None or self.occurrences == "all":
             context.tracker = CallTracker(context.model, context.gate)
-            hooks += context.tracker.hooks
+        # A call ends after every hook on the model itself.
+        begin, end = ([hook] for hook in context.tracker.hooks) if context.tracker else ([], [])
         for name, submodule in matched.items():
             for direction in self._directions:
                 site = Site(name, direction)
                 context.sites.append(site)
                 hooks.append(capture_hook(context, submodule, site, self._key(site), self._callback))
-        return MultiHookHandle(hooks)
+        return MultiHookHandle([*begin, *hooks, *end])
 
-    def _key(self, site: Site) -> Any:
-        path = (site.direction, site.name) if self._use_nested_keys else (site.name,)
-        path = (self._cache_key, *path) if self._cache_key else path
-        return path if len(path) > 1 else path[0]
+    def _key(self, site: Site) -> Key:
+        return (site.direction, site.name) if self._use_nested_keys else site.name
+
+
+def _parts(key: Any) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
+def _overlap(a: tuple[str, ...], b: tuple[str, ...]) -> bool:
+    return all(x == y for x, y in zip(a, b, strict=False))
 
 
 def _checked_directions(directions: Sequence[str] | None, *, early_stop: bool, selects: bool) -> list[str]:

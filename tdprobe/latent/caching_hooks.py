@@ -83,7 +83,7 @@ def _computing_hook(
             return
         named = direction.named_arguments(passed)
         if callback is not None:
-            value = callback(**named, key=site.name, direction=site.direction)
+            value = callback(**named, key=key, direction=site.direction)
         else:
             value = (passed[1], passed[2]) if direction.is_pre else named[direction.read]
         value = _tensor_of(value, site)
@@ -111,7 +111,7 @@ def _backward_hook(
         named = direction.named_arguments(passed)
         value = named[direction.read]
         if callback is not None:
-            value = callback(**named, key=site.name, direction=site.direction)
+            value = callback(**named, key=key, direction=site.direction)
         context.store(key, keep(_tensor_of(value, site)))
         context.fired(site)
 

@@ -116,7 +116,7 @@ class LayerStreaming(HookingContextFactory):
 
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name.
-        relative: Names start at the user's model; ``False`` starts them at the wrapper.
+        relative: Names start at the user's model; ``False`` starts them at the wrapper (``td_module.module``).
         tokens: Which tokens of each row count; see :class:`tdprobe.stream.tokens.TokenClause`.
         skip_first: Real tokens at the start of each row that never count.
         early_stop: End calls of the hooked module after the last layer.

@@ -134,7 +134,7 @@ class MaxActivating(LayerStreaming):
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name.
         k: Activations to keep per unit.
-        relative: Names start at the user's model; ``False`` starts them at the wrapper.
+        relative: Names start at the user's model; ``False`` starts them at the wrapper (``td_module.module``).
         tokens: Which tokens of each row count; see :class:`tdprobe.stream.tokens.TokenClause`.
         skip_first: Real tokens at the start of each row that never count. The first one activates many units
             of decoder models more than any other, whatever it is.

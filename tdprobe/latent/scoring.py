@@ -102,7 +102,7 @@ class LayerScoring(LayerStreaming):
         estimators: Registry names or estimator objects, or a dict from labels to them. A name stands for the
             streaming form of its method (``"cka"``: minibatch unbiased linear CKA); an object is taken as it is
             configured.
-        relative: Names start at the user's model; ``False`` starts them at the wrapper.
+        relative: Names start at the user's model; ``False`` starts them at the wrapper (``td_module.module``).
         tokens: Which tokens of each row count: ``"last"``, ``"mean"``, ``"all"``, a span, ...;
             see :class:`tdprobe.stream.tokens.TokenClause`.
         skip_first: Real tokens at the start of each row that never count.

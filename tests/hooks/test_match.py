@@ -49,6 +49,12 @@ def test_a_prefix_goes_before_every_name() -> None:
     ]
 
 
+def test_with_a_prefix_the_model_itself_has_a_name() -> None:
+    norm = nn.Sequential(nn.LayerNorm(2))
+    assert match_modules(norm, "td", prefix="td") == {"td": norm, "td.0": norm[0]}
+    assert match_modules(norm, "$", required=False) == {}
+
+
 def test_a_module_with_two_names_is_found_once_under_either() -> None:
     shared = nn.Linear(2, 2)
     tied = nn.ModuleDict({"first": shared, "second": shared})

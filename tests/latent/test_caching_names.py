@@ -57,9 +57,44 @@ def test_dots_of_a_name_stay_in_one_flat_key() -> None:
     assert set(run(ActivationCaching(r"0\.0\.lin"), model).keys()) == {"0.0.linear1", "0.0.linear2"}
 
 
-def test_cache_key_puts_everything_below_one_key() -> None:
-    cache = run(ActivationCaching("linear1", cache_key="run"), Two())
-    assert torch.equal(cache["run", "linear1"], HIDDEN)
+@pytest.mark.parametrize("key", ["run", ("runs", "first")])
+def test_cache_key_hands_the_cache_out_with_the_outputs(key: Any) -> None:
+    with ActivationCaching("linear", cache_key=key).prepare(Two()) as hooked:
+        td = TensorDict({"input": X}, batch_size=[2])
+        assert hooked(td) is td
+        assert hooked.out_keys == ["output", key]
+        # A later call leaves what an earlier one got alone, and a tensor still gives a tensor.
+        assert torch.equal(hooked(3 * X), 3 * OUT)
+    assert torch.equal(td[key]["linear1"], HIDDEN) and torch.equal(td[key]["linear2"], OUT)
+    assert torch.equal(hooked.hooking_context.cache["linear1"], 3 * HIDDEN)
+
+
+def test_without_a_cache_key_the_tensordict_gets_outputs_only() -> None:
+    with ActivationCaching("linear").prepare(Two()) as hooked:
+        assert set(hooked(TensorDict({"input": X})).keys()) == {"input", "output"} and hooked.out_keys == ["output"]
+
+
+@pytest.mark.parametrize("key", ["output", ("output", "below")])
+def test_a_cache_key_in_the_way_of_an_output_is_refused_on_enter(key: Any, hooks_of: Any) -> None:
+    model = Two()
+    context = ActivationCaching("", cache_key=key).prepare(model)
+    with pytest.raises(ValueError, match="cache_key=.*output 'output'"), context:
+        pass
+    assert hooks_of(model) == 0
+    with pytest.raises(TypeError, match="cache_key is a string"):
+        ActivationCaching("", cache_key=3)  # ty: ignore[invalid-argument-type]
+
+
+def test_a_callback_is_told_the_key_of_the_cache() -> None:
+    keys = []
+
+    def callback(output: Tensor, key: Any, **_: Any) -> Tensor:
+        keys.append(key)
+        return output
+
+    run(ActivationCaching("linear", callback=callback), Two())
+    run(ActivationCaching("linear1", callback=callback, use_nested_keys=True), Two())
+    assert keys == ["linear1", "linear2", ("fwd", "linear1")]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +114,14 @@ def test_a_pattern_matches_names_from_their_start(pattern: str, names: set[str])
 def test_names_may_start_at_the_wrapper() -> None:
     cache = run(ActivationCaching(r"td_module\.module\.linear1", relative=False), Two())
     assert torch.equal(cache["td_module.module.linear1"], HIDDEN)
+
+
+@pytest.mark.parametrize("options", [{}, {"occurrences": "all"}, {"tokens": "all"}, {"early_stop": True}])
+def test_the_model_itself_has_a_name_from_the_wrapper_only(options: Any) -> None:
+    cache = run(ActivationCaching(r"td_module\.module$", relative=False, **options), Two(), X[None])
+    assert torch.equal(cache["td_module.module"].reshape(OUT.shape), OUT)
+    with pytest.raises(ValueError, match="matches no module"):
+        run(ActivationCaching("$"), Two())
 
 
 def test_names_of_a_tensordict_module_start_with_module() -> None:

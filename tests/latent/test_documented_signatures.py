@@ -39,11 +39,11 @@ DOCUMENTED: dict[str, Callable[..., Any]] = {
     "latent.ProbeManager.probe_factory": lambda self, key, direction: 0,
     "latent.LinearEstimator": lambda d_latent, bias=True, **kwargs: 0,
     "latent.LowRankBilinearEstimator": lambda d_latent1, d_latent2, bias=True, **kwargs: 0,
-    "latent.probing.BilinearEstimator": lambda d_latent1, d_latent2, bias=True, **kwargs: 0,
-    "latent.probing.TorchEstimator": lambda *, num_classes=None, epochs=100, lr=1e-3, batch_size=128, device=None,
-    verbose=False: 0,
-    "latent.probing.TorchEstimator.fit": lambda self, *Xs, y: 0,
-    "latent.probing.TorchEstimator.predict": lambda self, *Xs: 0,
+    "latent.probing.estimators.BilinearEstimator": lambda d_latent1, d_latent2, bias=True, **kwargs: 0,
+    "latent.probing.estimators.TorchEstimator": lambda *, num_classes=None, epochs=100, lr=1e-3, batch_size=128,
+    device=None, verbose=False: 0,
+    "latent.probing.estimators.TorchEstimator.fit": lambda self, *Xs, y: 0,
+    "latent.probing.estimators.TorchEstimator.predict": lambda self, *Xs: 0,
     "latent.MeanDifferenceClassifier": lambda normalize=True: 0,
     "latent.CkaEstimator": lambda in_key_a="data_a", in_key_b="data_b", out_key="cka", kernel="linear", eps=1e-12: 0,
     "latent.InformationImbalanceEstimator": lambda in_key_a="data_a", in_key_b="data_b",
@@ -130,6 +130,24 @@ def test_documented_attributes_and_bases() -> None:
     assert issubclass(latent.BilinearProbeManager, latent.ProbeManager)
     assert set(HookDirection.__args__) == {"fwd", "fwd_kwargs", "fwd_pre", "fwd_pre_kwargs", "bwd", "bwd_pre"}
     assert len(MultiHookHandle()) == 0 and isinstance("", UnraveledKey)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("activation_caching", ["ActivationCaching"]),
+        ("activation_patching", ["ActivationPatching"]),
+        ("steering_vectors", ["ActivationAddition", "SteeringVectors"]),
+        ("probing.context", ["Probing"]),
+        ("probing.estimators", ["LinearEstimator", "LowRankBilinearEstimator", "MeanDifferenceClassifier"]),
+        ("probing.managers", ["BilinearProbe", "BilinearProbeManager", "Probe", "ProbeManager"]),
+        ("dimension_estimation", ["LocalKnnDimensionEstimator", "TwoNnDimensionEstimator"]),
+        ("representation_similarity", ["CkaEstimator", "InformationImbalanceEstimator"]),
+    ],
+)
+def test_documented_names_are_one_object_by_the_short_and_the_long_path(module: str, names: list[str]) -> None:
+    for name in names:
+        assert find(f"latent.{module}.{name}") is find(f"latent.{name}")
 
 
 @pytest.mark.parametrize("key", ["a", "", ("a",), ("a", "b")])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.probing.managers import Metrics, ProbeManager
+from tdprobe.latent.probing.probe_manager import Metrics, ProbeManager
 from tdprobe.latent.probing.probes import BilinearProbe
 
 

@@ -46,7 +46,7 @@ class Probing(HookingContextFactory):
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name.
         probe_factory: Such as ``ProbeManager(...).probe_factory``.
-        relative: Names start at the user's model; ``False`` starts them at the wrapper.
+        relative: Names start at the user's model; ``False`` starts them at the wrapper (``td_module.module``).
         directions: As for caching; ``None`` means ``["fwd"]``.
         additional_keys: Keys of the input that become keywords of ``step``, such as ``["labels",
             "step_type"]``.
@@ -142,7 +142,7 @@ class Probing(HookingContextFactory):
         probes: list[Any] = []
         try:
             hooks = self._step_hooks(context, self._matched(context, module), probes)
-            return MultiHookHandle([*context.call_hooks(), *hooks])
+            return MultiHookHandle(context.around(hooks))
         except BaseException:
             for probe in probes:
                 getattr(probe, "discard", lambda: None)()

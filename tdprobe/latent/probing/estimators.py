@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tdprobe.errors import ConfigError
+from tdprobe.latent.probing.mean_difference import MeanDifferenceClassifier
 from tdprobe.latent.probing.torch_estimator import TorchEstimator
 
 
@@ -85,3 +86,12 @@ class LowRankBilinearEstimator(TorchEstimator):
         """Return (n, num_classes or 1) of two inputs (n, width)."""
         product = self.linear1(h1) * self.linear2(h2)
         return product if self.bias is None else product + self.bias
+
+
+__all__ = [
+    "BilinearEstimator",
+    "LinearEstimator",
+    "LowRankBilinearEstimator",
+    "MeanDifferenceClassifier",
+    "TorchEstimator",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -41,9 +41,10 @@ class ProbingContext(ItemContext):
         """End the forward pass."""
         self.tracker.end()
 
-    def call_hooks(self) -> list[Hook]:
-        """Return the hooks that tell when a call begins and ends."""
-        return [*self.item_hooks(), *self.tracker.hooks]
+    def around(self, hooks: Sequence[Hook]) -> list[Hook]:
+        """Put those that tell when a call begins and ends around other hooks, which may be on the model itself."""
+        items, (begin, end) = self.item_hooks(), self.tracker.hooks
+        return [*items[:1], begin, *hooks, end, *items[1:]]
 
     def rows(self, site: Site, data: Any, items: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Select tokens, if a clause says which; ``None`` where there is none of them in this pass."""

@@ -28,6 +28,15 @@ def test_items_come_from_the_tensordict() -> None:
     assert set(td.keys()) == {"input", "labels", "step_type", "meta", "output"}
 
 
+def test_a_probe_of_the_model_itself_has_the_items_of_its_call() -> None:
+    model, recorder = net(), Recorder()
+    probing = Probing(r"td_module\.module$", recorder, relative=False, additional_keys=KEYS)
+    with probing.prepare(model) as hooked:
+        hooked(batch())
+    ((_, _, data, items),) = recorder.steps
+    assert torch.equal(data, model(X)) and torch.equal(items["labels"], Y)
+
+
 def test_a_string_is_a_string_after_stacking_too() -> None:
     recorder = Recorder()
     with Probing("first", recorder, additional_keys=KEYS).prepare(net()) as hooked:
