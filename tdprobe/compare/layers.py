@@ -15,7 +15,7 @@ def compare_layers(
     models: Mapping[str, Any] | Any,
     batches: Iterable[Any],
     layers: str | Mapping[str, str] | None = None,
-    estimators: Sequence[str | Estimator] = ("cka",),
+    estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = ("cka",),
     **options: Any,
 ) -> ScoreTable:
     r"""Score all layers of one or more checkpoints against all layers of all of them, over the same rows.
@@ -27,7 +27,7 @@ def compare_layers(
         batches: What each forward gets: tensors, dicts (a tokenizer's encoding), TensorDicts or
             :class:`tdprobe.hf.TextBatch`; or a list of texts, which each checkpoint's own tokenizer reads.
         layers: Pattern of the layers, or one per checkpoint name; ``None`` takes each model's repeated blocks.
-        estimators: Registry names or estimator objects.
+        estimators: Registry names or estimator objects, or a dict from labels to them.
         **options: ``tokens="all"``, ``skip_first=1``, ``max_norm=4`` and ``rows_per_update=512`` choose the rows
             as in :class:`tdprobe.latent.LayerScoring`; ``one_at_a_time=None`` loads checkpoints one after the
             other when they would fill more than half of the free memory, and then compares ``bank_size=4096``

@@ -44,7 +44,7 @@ class LayerComparison:
         self,
         models: Mapping[str, Any] | Any,
         layers: str | Mapping[str, str] | None = None,
-        estimators: Sequence[str | Estimator] = ("cka",),
+        estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = ("cka",),
         *,
         tokens: Any = "all",
         skip_first: int = 1,

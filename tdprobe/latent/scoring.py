@@ -145,7 +145,7 @@ class LayerScoring(LayerStreaming):
     def __init__(
         self,
         key_pattern: str,
-        estimators: Sequence[str | Estimator] | Mapping[str, Any] = ("cka",),
+        estimators: Sequence[str | Estimator] | Mapping[str, str | Estimator] = ("cka",),
         relative: bool = True,
         *,
         tokens: Any = "all",

@@ -89,6 +89,17 @@ def test_all_layers_of_two_models_meet(one_at_a_time: bool) -> None:
     assert {row.n for row in table} == {60}
 
 
+def test_estimators_may_have_labels_of_the_users_own() -> None:
+    model, x = mlp(), pictures()
+    estimators = {"plain": CkaEstimator(), "debiased": CkaEstimator(unbiased=True)}
+    table = compare(model, x.split(10), r"\d", estimators)
+    rows = mlp_rows(model, x)
+    np.testing.assert_allclose(table.matrix("debiased"), reference(rows, rows), atol=1e-5)
+    a, b = (rows[name] - rows[name].mean(0) for name in "02")
+    plain = np.linalg.norm(a.T @ b) ** 2 / np.linalg.norm(a.T @ a) / np.linalg.norm(b.T @ b)
+    np.testing.assert_allclose(table.matrix("plain")[0, 2], plain, atol=1e-5)
+
+
 @BOTH
 @pytest.mark.parametrize("same_object", [True, False])
 def test_a_model_against_itself(one_at_a_time: bool, same_object: bool) -> None:

@@ -88,6 +88,8 @@ def test_names_and_objects_get_labels_of_their_own() -> None:
     assert list(resolve_estimators(["cka", "cka"])) == ["cka"]
     assert list(resolve_estimators(one)) == ["cka"] == list(resolve_estimators("cka"))
     assert resolve_estimators([CkaEstimator])["cka"].minibatch
+    labelled = resolve_estimators({"biased": one, "by name": "cka"})
+    assert labelled["biased"] is one and labelled["by name"].mode == "robust"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,8 @@ def test_names_and_objects_get_labels_of_their_own() -> None:
         (["cka", None], r"registry names \(.*cka.*\) or estimator objects; got None"),
         ([int], "got <class 'int'>"),
         (7, "got 7"),
+        ({}, "from labels"),
+        ({"": "cka"}, "from labels .strings. to estimators, got {'': 'cka'}"),
     ],
 )
 def test_what_is_no_estimator_is_refused(estimators: Any, problem: str) -> None:
