@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from tdprobe.contexts import HookingContext, HookingContextFactory, Site
+from tdprobe.contexts import HookingContext, HookingContextFactory, HookingContextWithCache, Site
 from tdprobe.errors import TdprobeError
 from tdprobe.hooks import Hook, MultiHookHandle
 from tdprobe.latent import ActivationCaching
@@ -196,6 +196,60 @@ def test_pre_factories_are_entered_first_and_see_the_error(hooks_of: Any) -> Non
     with pytest.raises(ZeroDivisionError) as caught, factory.prepare(model):
         _ = 1 / 0
     assert caught.value.__context__ is None and hooks_of(model) == 0
+
+
+class OwnContext(HookingContextWithCache):
+    pass
+
+
+class OwnModule(HookedModule):
+    pass
+
+
+class Logging(HookingContextFactory):
+    """A factory as the documentation lets users write one."""
+
+    _hooking_context_class = OwnContext
+    _hooked_module_class = OwnModule
+
+    def __init__(self, log: list[Any], **context: Any) -> None:
+        super().__init__()
+        self.log = log
+        self._hooking_context_kwargs |= context
+
+    def _prepare_module(self, module: Any, in_keys: Any, out_keys: Any, extra_relative_path: str) -> Any:
+        self.log.append(("prepare", in_keys, out_keys, extra_relative_path))
+        return module
+
+    def _restore_module(self, module: Any, in_keys: Any, out_keys: Any, extra_relative_path: str) -> Any:
+        self.log.append(("restore", in_keys, out_keys, extra_relative_path))
+        return module
+
+    def _spawn_hooked_module(self, prep_module: Any, hooking_context: Any, extra_relative_path: str) -> Any:
+        self.log.append("spawn")
+        return super()._spawn_hooked_module(prep_module, hooking_context, extra_relative_path)
+
+    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
+        self.log.append("hook")
+        return MultiHookHandle([self])
+
+    def remove(self) -> None:
+        self.log.append("remove")
+
+
+def test_a_factory_of_the_users_own_is_entered_and_left_in_the_documented_order() -> None:
+    log: list[Any] = []
+    cache = TensorDict({"old": X})
+    before = Editing("0", lambda y: y + 10)
+    before._hook_module = lambda module: log.append(("before", cache.is_empty())) or MultiHookHandle()  # ty: ignore[invalid-assignment]
+    factory = Logging(log, cache=cache, pre_factories=[before])
+    context = factory.prepare(chain(), ["x"], ["y"])
+    assert type(context) is OwnContext and not log
+    with context as hooked:
+        assert type(hooked) is OwnModule and hooked.hooking_context is context
+    keys = (["x"], ["y"], "module")
+    entered = [("before", True), ("prepare", *keys), "spawn", "hook"]
+    assert log == [*entered, "remove", ("restore", *keys)]
 
 
 # Lifting hooks.
