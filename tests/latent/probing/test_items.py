@@ -92,18 +92,17 @@ def test_tensors_without_items_are_a_type_error(call: Any) -> None:
 def test_a_direct_call_has_no_labels_of_an_earlier_batch() -> None:
     model, recorder = net(), Recorder()
     with Probing("first", recorder, additional_keys=KEYS).prepare(model) as hooked:
-        hooked(batch())
-        with pytest.raises(RuntimeError, match="no labels for this call"):
-            model(X)
-        with pytest.raises(RuntimeError, match="no labels for this call"):
-            model.first(X)
+        for direct in (model, model.first):
+            hooked(batch())
+            with pytest.raises(RuntimeError, match="no labels for this call"):
+                direct(X)
         hooked(batch())
         with hooked.disable_context_hooks():
             model(X)
-    assert len(recorder.steps) == 2
+    assert len(recorder.steps) == 3
     with Probing("first", recorder).prepare(model):
         model(X)
-    assert len(recorder.steps) == 3
+    assert len(recorder.steps) == 4
 
 
 def test_a_failed_call_leaves_no_labels() -> None:
