@@ -19,6 +19,8 @@ STEP = 2**16
 TIE = 1e-12
 # Numbers in the exact distances of some rows to all points.
 EXACT_BLOCK = 2**20
+# An exact measure takes the time of this many entries of a product on the CPU, where float64 doubles the product.
+EXACT_COST = 200
 
 
 class Space:
@@ -31,6 +33,8 @@ class Space:
     Args:
         rows: ``(n, d)`` real and finite.
         p: Order of the norm.
+        asked: About how many measures of each row must be exact. Where they are many, products in float64, which
+            leave hardly any in doubt, cost less than products in float32 and the exact measures together.
 
     Attributes:
         own: Point of each row, ``(n,)`` int64.
@@ -39,9 +43,9 @@ class Space:
         scale: A power of two that brings the largest centred entry near 1.
     """
 
-    def __init__(self, rows: Float[Tensor, "n d"], p: float = 2.0) -> None:
+    def __init__(self, rows: Float[Tensor, "n d"], p: float = 2.0, asked: int = 0) -> None:
         self.rows = rows if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
-        self.p = p
+        self.p, self.asked = p, asked
         _, self.own, self.repeats = torch.unique(self.rows, dim=0, return_inverse=True, return_counts=True)
         places = torch.arange(len(rows), device=rows.device)
         self.first = torch.empty_like(self.repeats).scatter_reduce_(0, self.own, places, "amin", include_self=False)
@@ -71,8 +75,10 @@ class Space:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Dtype of fast measures: float32, unless the user has switched its products to TF32 or bfloat16."""
-        return torch.float32 if self.p == 2 and float32_is_exact(self.rows.device) else torch.float64
+        """Dtype of fast measures: float32, unless much must be exact, or the user has switched its products to less."""
+        device = self.rows.device
+        much = device.type == "cpu" and self.asked * EXACT_COST > self.points
+        return torch.float64 if self.p != 2 or much or not float32_is_exact(device) else torch.float32
 
     def block(
         self, rows: Int[Tensor, "r"], dtype: torch.dtype | None = None, out: Tensor | None = None
@@ -92,11 +98,12 @@ class Space:
         points, squares = self._centred(dtype or self.dtype)
         left = points[self.own[rows]]
         out = left.new_empty(len(rows), self.points) if out is None else out
-        for start, column in pairs_of(range(0, self.points, TILE), range(0, points.shape[1], SLICE)):
-            tile, part = out[:, start : start + TILE], slice(column, column + SLICE)
+        height, width = self._tile(out.dtype)
+        for start, column in pairs_of(range(0, self.points, height), range(0, points.shape[1], width)):
+            tile, part = out[:, start : start + height], slice(column, column + width)
             if column == 0:
-                tile.copy_(squares[start : start + TILE].expand_as(tile))
-            tile.addmm_(left[:, part], points[start : start + TILE, part].mT, alpha=-2)
+                tile.copy_(squares[start : start + height].expand_as(tile))
+            tile.addmm_(left[:, part], points[start : start + height, part].mT, alpha=-2)
         return out.scatter_(1, self.own[rows].unsqueeze(1), torch.inf)
 
     def offset(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r"]:
@@ -105,25 +112,31 @@ class Space:
         return norms.square() if self.p == 2 else torch.zeros_like(norms)
 
     def slack(self, rows: Int[Tensor, "r"], reach: Float[Tensor, "r *k"], dtype: torch.dtype) -> Float[Tensor, "r *k"]:
-        """Bound the error of `block` + `offset` for points within a reach.
+        """Bound the error of `block` + `offset` for points within a reach, with room for ties.
 
         A point whose measure is at most ``reach`` is off by at most the slack; one beyond it never seems nearer
-        than ``reach`` less the slack. The error of a product of m terms is at most ``m u |x| |y|`` (Higham 2002,
-        section 3.1), with ``4 |x| |y| <= (|x| + |y|)^2`` and ``|y| <= |x| + distance``.
+        than ``reach`` less the slack.
 
         Args:
             rows: Places of the rows.
             reach: Measures up to which points matter.
             dtype: What `block` computed in.
         """
-        tied = 4 * TIE * reach
+        return self.rounding(rows, reach, dtype) + torch.where(reach < torch.inf, 4 * TIE * reach, 0)
+
+    def rounding(self, rows: Tensor, reach: Float[Tensor, "r *k"], dtype: torch.dtype) -> Float[Tensor, "r *k"]:
+        """Bound the rounding errors of `block` + `offset`, as `slack` does.
+
+        The error of a product of m terms is at most ``m u |x| |y|`` (Higham 2002, section 3.1), with
+        ``4 |x| |y| <= (|x| + |y|)^2`` and ``|y| <= |x| + distance``.
+        """
         if self.p != 2:
-            return tied
+            return torch.zeros_like(reach)
         norm, gamma = self._norms[self.own[rows]], self.gamma(dtype)
         norm = norm.reshape(-1, *[1] * (reach.ndim - 1))
         far = torch.maximum(reach.sqrt(), 3 * gamma * norm).clamp(max=2 * self._longest)
         total = norm + (norm + far).clamp(max=self._longest)
-        return gamma * total.square() + self._tiny(dtype) + torch.where(reach < torch.inf, tied, 0)
+        return gamma * total.square() + self._tiny(dtype)
 
     def ceiling(self, rows: Int[Tensor, "r"], measure: Tensor, points: Tensor, dtype: torch.dtype) -> Tensor:
         """Return upper bounds of exact measures, given those of `block` + `offset`, ``(r, k)``."""
@@ -134,9 +147,13 @@ class Space:
 
     def gamma(self, dtype: torch.dtype) -> float:
         """Return the error of a squared distance relative to ``(|x| + |y|)^2``."""
-        width = self.rows.shape[1]
-        terms = min(width, SLICE) / 2 + math.ceil(width / SLICE) + 12
+        width, step = self.rows.shape[1], self._tile(dtype)[1]
+        terms = min(width, step) / 2 + math.ceil(width / step) + 12
         return terms * torch.finfo(dtype).eps / 2
+
+    def _tile(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Return how many points and columns go into one product; those of float64 have digits to spare."""
+        return (TILE, SLICE) if dtype == torch.float32 else (self.points, self.rows.shape[1])
 
     def _tiny(self, dtype: torch.dtype) -> float:
         # What underflow may take from each product.

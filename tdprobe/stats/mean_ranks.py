@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,14 +11,10 @@ from torch import Tensor
 from tdprobe._types import Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.nearest import Nearest
-from tdprobe.stats.order import ascending
+from tdprobe.stats.order import ascending, in_order
 
-# Points in doubt that are measured at once.
-MEMBERS = 2**14
 # Targets of a row from which on sorting its points once costs less than comparing them with each.
 SORTED = 6
-# Yields, for doubts (rows and columns), which of them a point is a member of, and the point.
-Members = Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -95,76 +91,61 @@ def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, 
     slack = 2 * space.slack(rows, reach, space.dtype)
     low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
     count = _by_sorting if other.shape[1] >= SORTED else _by_counting
-    nearer, perhaps, members = count(space, block, low.contiguous(), high.contiguous())
+    nearer, perhaps = count(space, block, low.contiguous(), high.contiguous())
     tied = space.repeats[point].double()
-    some = (perhaps - nearer != tied) & ~copy
-    tied[some] = 0
-    row, column = some.nonzero().unbind(1)
-    target = space.exact(rows[row], point[some])
-    for doubt, points in members(row, column):
-        place = row[doubt], column[doubt]
-        more, equal = _decided(space, rows[place[0]], points, target[doubt])
-        nearer.index_put_(place, more, accumulate=True)
-        tied.index_put_(place, equal, accumulate=True)
+    # The target itself is in doubt always; with any other point beside it the two are measured.
+    row, column = ((perhaps - nearer != tied) & ~copy).nonzero().unbind(1)
+    for part in torch.arange(len(row), device=row.device).split(max(1, EXACT_BLOCK // block.shape[1])):
+        place = row[part], column[part]
+        more, equal = _decided(space, rows, block, place, point[place], (low[place], high[place]))
+        nearer[place] += more
+        tied[place] += equal
     # A row's own copies are at distance 0, and its point was left out of the block.
     copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
     return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2)
 
 
-def _by_counting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Members]:
+def _by_counting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Compare every point with every bound: what few targets take."""
     weights, mark = space.repeats.to(block.dtype), torch.empty_like(block)
     nearer, perhaps = (torch.empty(low.shape, dtype=torch.float64, device=block.device) for _ in range(2))
     for column in range(low.shape[1]):
         nearer[:, column] = torch.lt(block, low[:, column : column + 1], out=mark) @ weights
         perhaps[:, column] = torch.le(block, high[:, column : column + 1], out=mark) @ weights
-
-    def members(row: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in torch.arange(len(row), device=row.device).split(max(1, EXACT_BLOCK // block.shape[1])):
-            place = row[part], column[part]
-            values = block[place[0]]
-            inside = (values >= low[place].unsqueeze(1)) & (values <= high[place].unsqueeze(1))
-            doubt, points = inside.nonzero().unbind(1)
-            yield part[doubt], points
-
-    return nearer, perhaps, members
+    return nearer, perhaps
 
 
-def _by_sorting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Members]:
+def _by_sorting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Sort the points of each row once for all targets: what many take."""
+    if space.points == len(space.rows):
+        ordered = in_order(block)
+        return torch.searchsorted(ordered, low).double(), torch.searchsorted(ordered, high, right=True).double()
     order = ascending(block)
     ordered = block.gather(1, order)
-    below, upto = torch.searchsorted(ordered, low), torch.searchsorted(ordered, high, right=True)
-
-    def members(row: Tensor, column: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        first, count = below[row, column], (upto - below)[row, column]
-        for part in _parts(count):
-            doubt = torch.arange(part.start, part.stop, device=row.device).repeat_interleave(count[part])
-            within = torch.arange(len(doubt), device=row.device)
-            within -= (count[part].cumsum(0) - count[part]).repeat_interleave(count[part])
-            yield doubt, order[row[doubt], first[doubt] + within]
-
-    if space.points == len(space.rows):
-        return below.double(), upto.double(), members
     weights = torch.nn.functional.pad(space.repeats.double()[order].cumsum(1), (1, 0))
-    return weights.gather(1, below), weights.gather(1, upto), members
+    below, upto = torch.searchsorted(ordered, low), torch.searchsorted(ordered, high, right=True)
+    return weights.gather(1, below), weights.gather(1, upto)
 
 
-def _parts(count: Tensor) -> Iterator[slice]:
-    """Cut doubts into parts whose members can be measured at once."""
-    ends = count.cumsum(0)
-    start = 0
-    while start < len(count):
-        before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(torch.searchsorted(ends, before + MEMBERS, right=True)))
-        yield slice(start, stop)
-        start = stop
-
-
-def _decided(space: Space, rows: Tensor, points: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Weigh, by exact measures, the points that are nearer than a target, and those tied with it."""
-    measure, amount = space.exact(rows, points), space.repeats[points].double()
-    return amount * (measure < target * (1 - TIE)), amount * ((measure - target).abs() <= target * TIE)
+def _decided(
+    space: Space,
+    rows: Tensor,
+    block: Tensor,
+    place: tuple[Tensor, Tensor],
+    target: Tensor,
+    bounds: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Weigh, by exact measures, the points between bounds that are nearer than a target, and those tied with it."""
+    row = place[0]
+    values, (low, high) = block[row], (bound.unsqueeze(1) for bound in bounds)
+    inside = ((values >= low) & (values <= high)).scatter_(1, target.unsqueeze(1), False)
+    doubt, points = inside.nonzero().unbind(1)
+    goal = space.exact(rows[row], target)[doubt]
+    measure, amount = space.exact(rows[row[doubt]], points), space.repeats[points].double()
+    sums = torch.zeros(2, len(row), dtype=torch.float64, device=block.device)
+    sums[0].index_add_(0, doubt, amount * (measure < goal * (1 - TIE)))
+    sums[1].index_add_(0, doubt, amount * ((measure - goal).abs() <= goal * TIE))
+    return sums[0], sums[1]
 
 
 def _ranks_of_several(space: Space, rows: Tensor, block: Tensor, partners: Partners, some: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdprobe._types import Float, Int
+from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.order import ascending, smallest
 
 # Candidates beyond the wanted ones: as many as settle almost every row, then as many as settle small clusters.
-MARGINS = {torch.float32: 4, torch.float64: 60}
+FEW, MANY = 4, 60
+# Measures of products that are this exact, relative to themselves, need no better ones unless they are in doubt.
+FINE = 1e-11
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wa
     measures = torch.full((len(rows), len(wanted.ranks)), torch.inf, dtype=torch.float64, device=rows.device)
     places = torch.full((len(rows), wanted.places), -1, device=rows.device)
     todo, ties = torch.arange(len(rows), device=rows.device), []
-    for dtype in dict.fromkeys((space.dtype, torch.float64)):
-        block = block if dtype == space.dtype else space.block(rows[todo], dtype)
-        found, sure = _by_products(space, rows[todo], block, wanted, dtype)
+    for margin, dtype in ((FEW, space.dtype), (MANY, torch.float64)):
+        block = block if margin == FEW else space.block(rows[todo], dtype)
+        found, sure = _by_products(space, rows[todo], block, wanted, margin)
         measures[todo[sure]], places[todo[sure]] = found.measures[sure], found.order[sure]
         kept = sure[found.row]
         ties.append(torch.stack([todo[found.row[kept]], found.point[kept]]))
@@ -81,32 +83,51 @@ def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wa
     return Nearest(measures, row, point[order], places)
 
 
-def _by_products(
-    space: Space, rows: Tensor, block: Tensor, wanted: Wanted, dtype: torch.dtype
-) -> tuple[Nearest, Tensor]:
+def _by_products(space: Space, rows: Tensor, block: Tensor, wanted: Wanted, margin: int) -> tuple[Nearest, Tensor]:
     """Settle rows whose neighbours show among the candidates; also tell which rows those are.
 
     With ``a`` the fast measures, off by at most ``slack``: the neighbour of rank q has an ``a`` within ``slack``
-    of the q-th smallest one, so only candidates within twice that need an exact measure.
+    of the q-th smallest one, so only candidates within twice that may need an exact measure.
     """
-    a, points = smallest(block, wanted.ranks[-1] + MARGINS[dtype] + wanted.ranks[-1] // 16)
+    dtype = block.dtype
+    a, points = smallest(block, wanted.ranks[-1] + margin + wanted.ranks[-1] // 16)
     a = a.double() + space.offset(rows).unsqueeze(1)
     ceiling = space.ceiling(rows, a, points, dtype)
-    slack = space.slack(rows, ceiling.amax(1), dtype).unsqueeze(1)
+    reach = ceiling.amax(1)
+    slack, rounding = (bound(rows, reach, dtype).unsqueeze(1) for bound in (space.slack, space.rounding))
     cut = a.amax(1, keepdim=True) if a.shape[1] < space.points else torch.full_like(slack, torch.inf)
     if not wanted.distinct:
         _leave_out(a, a <= space.measure(wanted.beyond) + slack, space, rows, points, wanted)
     weights = _weights(space, points, wanted)
     a, points, weights = _sorted(a, points, weights)
     centres = _at_ranks(a, weights, wanted.ranks)
-    close = (a.unsqueeze(2) - centres.unsqueeze(1)).abs() <= 2 * slack.unsqueeze(2)
-    _make_exact(a, close.any(2), space, rows, points)
-    # A candidate that is alone near its rank keeps its place.
-    (mixed,) = (close.sum(1) > 1).any(1).nonzero().unbind(1)
+    which, mixed = _in_doubt(a, centres, slack, rounding > FINE * centres)
+    _make_exact(a, which, space, rows, points)
     if len(mixed):
         a[mixed], points[mixed], weights[mixed] = _sorted(a[mixed], points[mixed], weights[mixed])
     sure = ((cut == torch.inf) | (cut > centres[:, -1:] + 2 * slack)).squeeze(1)
     return _collect(a, points, weights, wanted), sure
+
+
+def _in_doubt(
+    a: Tensor, centres: Tensor, slack: Tensor, rough: Tensor
+) -> tuple[Bool[Tensor, "r m"], Int[Tensor, " t"]]:
+    """Say which candidates need an exact measure, and in which rows their order may change by it.
+
+    Args:
+        a: Measures of the candidates, ``(r, m)``, ascending.
+        centres: Those at the wanted ranks, ``(r, q)``, ascending.
+        slack: How far measures may be off, ``(r, 1)``.
+        rough: Where a measure is not exact enough even for a candidate that is alone near its rank, ``(r, q)``.
+    """
+    first = torch.searchsorted(a, (centres - 2 * slack).contiguous())
+    last = torch.searchsorted(a, (centres + 2 * slack).contiguous(), right=True)
+    several = (last - first > 1) & (centres < torch.inf)
+    doubt = (several | rough).long()
+    edges = torch.zeros(len(a), a.shape[1] + 1, dtype=torch.int64, device=a.device)
+    edges.scatter_add_(1, first, doubt).scatter_add_(1, last, -doubt)
+    # A candidate that is alone keeps its place.
+    return edges.cumsum(1)[:, :-1] > 0, several.any(1).nonzero().squeeze(1)
 
 
 def _by_differences(space: Space, rows: Tensor, wanted: Wanted) -> Nearest:
@@ -141,8 +162,8 @@ def _sorted(a: Tensor, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor,
 
 def _at_ranks(a: Float[Tensor, "r m"], weights: Int[Tensor, "r m"], ranks: tuple[int, ...]) -> Tensor:
     """Return the q-th smallest number of each row, each counted as often as its weight says; else infinity."""
-    below = weights.cumsum(1)
-    places = torch.stack([(below < q).sum(1) for q in ranks], 1)
+    wanted = torch.tensor(ranks, device=a.device).expand(len(a), -1).contiguous()
+    places = torch.searchsorted(weights.cumsum(1), wanted)
     padded = torch.cat([a, torch.full_like(a[:, :1], torch.inf)], 1)
     return padded.gather(1, places)
 

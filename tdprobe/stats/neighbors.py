@@ -20,7 +20,10 @@ from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.state import Derivation, by_layer, layer_list, working_dtype
 
 # Most rows in a block, and bytes for the blocks of all layers that are needed at once.
-BLOCK, BUDGET = 128, 64 * 2**20
+BLOCK, BUDGET = 128, 128 * 2**20
+# Exact measures that ranking in one more layer takes of each row, and the search for their points, after products in
+# float32.
+DOUBTS = 16
 
 
 class NeighborTable(TensorClass):
@@ -81,8 +84,9 @@ class NeighborTable(TensorClass):
 class Neighbors(Derivation):
     """Say what to find out about the neighbours of the rows of a bank.
 
-    Candidates come from products in float32 of centred rows; whatever those cannot tell apart is decided by
-    differences in float64, so near duplicates and offsets cost no digits. Memory is bounded by a block of rows.
+    Candidates come from products of centred rows, in float32 or, where many measures must be exact, in float64;
+    whatever those cannot tell apart is decided by differences in float64, so near duplicates and offsets cost no
+    digits. Memory is bounded by a block of rows, and a copy of the rows in the dtype of the products.
 
     Args:
         ranks: Neighbours whose distances are wanted, 1 for the nearest.
@@ -173,7 +177,8 @@ class Neighbors(Derivation):
         layers = [i for i in range(len(rows)) if bool(table.finite[(*index, i)])]
         # Only imbalance looks at several layers at once; otherwise one is done before the next begins.
         for group in [layers] if self.imbalance else [[i] for i in layers]:
-            spaces = {i: Space(rows[i], self.p) for i in group}
+            asked = len(self.ranks) + (len(group) - 1) * DOUBTS
+            spaces = {i: Space(rows[i], self.p, asked) for i in group}
             for i, space in spaces.items():
                 table.first[(*index, i)] = space.first[space.own]
             if rows[0].shape[0] > 1 and group:

@@ -37,6 +37,13 @@ def _places_of_smallest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.argpartition(values.numpy(), k - 1, axis=1)[:, :k])
 
 
+def in_order(values: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
+    """Return each row sorted, without the places of its numbers; NaN may be anywhere."""
+    if values.device.type != "cpu":
+        return values.sort(1).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=1))
+
+
 def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
     """Return the places that sort each row; NaN may be anywhere."""
     if values.device.type != "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,14 @@ SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() 
 RANKS = (1, 2, 7, 20)
 
 
+@pytest.fixture(params=[0, 10**9], ids=["float32", "float64"])
+def products(request, monkeypatch):
+    """Compute fast measures in either dtype, whatever costs less."""
+    monkeypatch.setattr(distances_module, "EXACT_COST", request.param)
+    return torch.float64 if request.param else torch.float32
+
+
+@pytest.mark.usefixtures("products")
 class TestExactness:
     @pytest.mark.parametrize("rule", [{}, {"distinct": False, "beyond": 1e-5}, {"distinct": False, "beyond": 0.5}])
     @pytest.mark.parametrize("name", SINGLE)
@@ -66,10 +74,21 @@ class TestExactness:
         assert torch.equal(careful.imbalance, usual.imbalance)
         torch.testing.assert_close(careful.distances, usual.distances, rtol=1e-12, atol=0)
 
-    def test_ordinary_rows_are_settled_by_the_first_products(self, monkeypatch):
+    def test_ordinary_rows_are_settled_by_the_first_products(self, products, monkeypatch):
         monkeypatch.setattr(nearest, "_by_differences", None)
-        monkeypatch.setattr(Space, "_far", None)
+        # Products in float64 leave nothing to measure exactly.
+        monkeypatch.setattr(Space, "_far" if products == torch.float32 else "_wide", None)
+        measured, exact = [], Space.exact
+        monkeypatch.setattr(Space, "exact", lambda *given: measured.append(len(given[1])) or exact(*given))
         Neighbors(RANKS, imbalance=True).of_rows(list(LAYERS["ordinary"]))
+        assert sum(measured) == 0 if products == torch.float64 else sum(measured) > len(LAYERS["ordinary"][0])
+
+    def test_products_are_of_the_dtype_that_costs_less(self):
+        x = LAYERS["ordinary"][0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distances_module, "EXACT_COST", 200)
+            found = [Space(x.repeat(times, 1).cumsum(0), asked=30).dtype for times in (1, 39, 41)]
+        assert found == [torch.float64, torch.float64, torch.float32]
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(-9, 9), min_size=1, max_size=300), st.integers(1, 40))
@@ -179,9 +198,9 @@ class TestJoining:
         assert Neighbors((1, 2)).joined(other) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6), st.integers(3, 40), st.integers(1, 4), st.integers(1, 5), st.booleans())
-def test_random_small_integers_with_all_their_ties(seed, n, width, high, distinct):
+def test_random_small_integers_with_all_their_ties(products, seed, n, width, high, distinct):
     g = torch.Generator().manual_seed(seed)
     x, y = (torch.randint(0, high + 1, (n, width), generator=g).float() for _ in range(2))
     rule = {"distinct": distinct}
@@ -194,7 +213,7 @@ def test_random_small_integers_with_all_their_ties(seed, n, width, high, distinc
 
 
 @pytest.mark.parametrize("kind", hard_layers())
-def test_counting_and_sorting_give_the_same_ranks(kind, monkeypatch):
+def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
     rows = list(hard_layers()[kind])
     found = {}
     for bound in (1, 99):
