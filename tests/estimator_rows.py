@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 N, WIDTHS = 60, (5, 4, 7)
+PATHS = {"attributes": slice(0, 2), "path": slice(2, 3)}
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Row:
         shift: Offset, in standard deviations, that costs no digits.
         bank: Whether rows are kept, so that results are the same to the bit in any order.
         targets: Targets of n rows, where attributes with any values will not do.
-        ordered: Rows that belong together must come in order, and in one update.
+        ordered: Rows that belong together must come in order.
+        columns: Which columns of the targets each key reads; all by default.
     """
 
     reference: Callable[..., Any] | None
@@ -33,6 +36,7 @@ class Row:
     shift: float = 1000.0
     targets: Callable[[int], torch.Tensor] | None = None
     ordered: bool = False
+    columns: Mapping[str, slice] = field(default_factory=dict)
 
 
 def centred(x):
@@ -168,6 +172,38 @@ def texts(n):
     return (torch.arange(n) // 10).double().unsqueeze(1)
 
 
+def along_paths(n):
+    """Return two attributes of n samples, and the paths that they lie on: of 7 places, the last one shorter."""
+    g = torch.Generator().manual_seed(4)
+    return torch.cat([torch.randn(n, 2, generator=g).double(), (torch.arange(n) // 7).double().unsqueeze(1)], 1)
+
+
+def mean_over_paths(measure):
+    """Return a definition that looks at the paths one by one, and takes the first units for those of the attributes."""
+
+    def value(x, y):
+        paths = [y[:, 2] == number for number in y[:, 2].unique()]
+        found = [[measure(x[at, i].tolist(), y[at, i].tolist()) for at in paths if at.sum() > 2] for i in range(2)]
+        return torch.tensor(found, dtype=torch.float64).mean(1)
+
+    return value
+
+
+def slopes(x, y):
+    return [(y[k + 1] - y[k]) / (x[k + 1] - x[k]) for k in range(len(x) - 1)]
+
+
+def smooth(x, y):
+    steps = slopes(x, y)
+    bends = [abs(b - a) for a, b in pairwise(steps)]
+    return 1 - sum(b * b for b in bends) / sum(bends) / (max(steps) - min(steps))
+
+
+def monotone(x, y):
+    signs = [(s > 0) - (s < 0) for s in slopes(x, y) if abs(s) > 1e-3]
+    return sum(signs) / len(signs)
+
+
 def correlations(x, y):
     frames = [torch.linalg.qr(centred(z)).Q for z in (x, y)]
     return torch.linalg.svd(frames[0].T @ frames[1], full_matrices=False)
@@ -291,5 +327,14 @@ ROWS: dict[str, Row] = {
     "modularity": Row(mean_modularity, least=4),
     "sap": Row(correlation_gap, least=4),
     "dci": Row(None, least=8, unaffected=frozenset({"permutation"})),
+    "smoothness": Row(mean_over_paths(smooth), least=3, targets=along_paths, ordered=True, columns=PATHS),
+    "monotonicity": Row(
+        mean_over_paths(monotone),
+        least=2,
+        unaffected=frozenset({"isotropic scaling"}),
+        targets=along_paths,
+        ordered=True,
+        columns=PATHS,
+    ),
     "curvature": Row(None, least=3, targets=texts, ordered=True),
 }

@@ -74,9 +74,14 @@ def build(name, **options):
 def batch_of(estimator, layers, known=None, ids=None):
     n = layers[0].shape[-2]
     known = targets(estimator.spec.name, n=n) if known is None and estimator.target_keys else known
-    given_targets = dict.fromkeys(estimator.target_keys, known)
+    given_targets = {key: columns(estimator, key, known) for key in estimator.target_keys}
     ids = torch.arange(n) if ids is None else ids
     return Batch({f"layer {i}": x for i, x in enumerate(layers)}, ids, given_targets)
+
+
+def columns(estimator, key, known):
+    """Return the columns of the targets that an estimator reads under a key."""
+    return known[..., row_of(estimator.spec.name).columns.get(key, slice(None))]
 
 
 def score(name, layers, known=None, **options):
@@ -131,7 +136,7 @@ class TestStream:
         )
         td = TensorDict(dict(zip(names, layers, strict=False)))
         for key in estimator.target_keys:
-            td[key] = targets(name)
+            td[key] = columns(estimator, key, targets(name))
         estimator(td)
         batch = batch_of(estimator, layers[: len(names)])
         found = estimator.score(estimator.update(estimator.init(batch), batch))["score"]

@@ -26,7 +26,9 @@ __getattr__, __dir__, __all__ = lazy(
             "DmigEstimator",
             "MigEstimator",
             "ModularityEstimator",
+            "MonotonicityEstimator",
             "SapEstimator",
+            "SmoothnessEstimator",
             "XmigEstimator",
         ],
         "tdprobe.latent.information": [

@@ -9,6 +9,7 @@ from tdprobe.stats.joint_entropy import JointEntropy, JointEntropyTable
 from tdprobe.stats.kernels import Kernel, Kernels, KernelTable
 from tdprobe.stats.moments import Moments, MomentsState
 from tdprobe.stats.neighbors import Neighbors, NeighborTable
+from tdprobe.stats.paths import PathMeasure, Paths, PathsState
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.saved import SavedState, load_state, read_state, save_state
 from tdprobe.stats.spectrum import Spectrum, SpectrumTable, renyi_entropy
@@ -32,6 +33,9 @@ __all__ = [
     "MomentsState",
     "NeighborTable",
     "Neighbors",
+    "PathMeasure",
+    "Paths",
+    "PathsState",
     "Reservoir",
     "ReservoirState",
     "SavedState",

@@ -7,6 +7,7 @@ from tdprobe.latent.disentanglement.information import mutual_information
 from tdprobe.latent.disentanglement.interpolation import monotonicity, smoothness
 from tdprobe.latent.disentanglement.modularity import modularity
 from tdprobe.latent.disentanglement.mutual_info import dependency_aware, dlig, dmig, mig, xmig
+from tdprobe.latent.disentanglement.path_estimators import MonotonicityEstimator, SmoothnessEstimator
 from tdprobe.latent.disentanglement.sap import sap
 from tdprobe.latent.disentanglement.unit_estimators import ModularityEstimator, SapEstimator
 
@@ -16,7 +17,9 @@ __all__ = [
     "DmigEstimator",
     "MigEstimator",
     "ModularityEstimator",
+    "MonotonicityEstimator",
     "SapEstimator",
+    "SmoothnessEstimator",
     "XmigEstimator",
     "dci",
     "dependency_aware",

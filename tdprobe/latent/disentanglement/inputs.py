@@ -93,13 +93,18 @@ def read(
 
 def tensor(name: str, x: Any) -> Tensor:
     """Return an array as a float64 tensor without gradient."""
+    return real(name, x).double()
+
+
+def real(name: str, x: Any) -> Tensor:
+    """Return an array as a tensor without gradient, in the precision that it has."""
     try:
         found = x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(x))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} is a {type(x).__name__} that is no array of numbers: {error}") from error
     if found.is_complex():
         raise ConfigError(f"{name} is complex; pass real and imaginary parts as columns")
-    return found.double()
+    return found
 
 
 def regularised(reg_dim: Any, m: int, f: int) -> tuple[int, ...]:

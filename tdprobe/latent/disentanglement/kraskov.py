@@ -10,7 +10,7 @@ from tdprobe.latent.disentanglement.columns import EQUAL, Columns, digamma_table
 from tdprobe.latent.disentanglement.radii import Chosen, Plane, Range, radii, taken
 
 # Numbers in a tensor of one chunk: few enough for the cache of a processor; a graphics card takes more.
-CHUNK = {"cpu": 2**17}
+CHUNK = {"cpu": 2**15}
 LARGE_CHUNK = 2**23
 
 
