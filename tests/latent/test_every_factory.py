@@ -378,22 +378,37 @@ def test_early_stop_spares_the_rest_and_changes_nothing_that_is_read(tiny_llama:
     assert not later and torch.equal(runs[0].read(), runs[1].read())
 
 
+# A batch padded on the left, and a single text, whose mask transformers drops; caches that grow, and of a fixed size.
+ONE = {name: value[:1] for name, value in LEFT.items()}
+WAYS = {
+    "greedy": (LEFT, {}, 1),
+    "beams": (LEFT, {"num_beams": 2}, 2),
+    "samples": (LEFT, {"do_sample": True, "num_return_sequences": 3}, 3),
+    "fixed cache": (LEFT, {"cache_implementation": "static"}, 1),
+    "one text": (ONE, {}, 1),
+    "one text, fixed cache": (ONE, {"cache_implementation": "static"}, 1),
+    "one text, guessed ahead": (ONE, {"prompt_lookup_num_tokens": 2}, 1),
+}
+
+
 @pytest.mark.parametrize("kind", ["caching", "scoring", "probing", "steering"])
 @pytest.mark.parametrize("tokens", ["prompt", "generated"])
-@pytest.mark.parametrize("beams", [1, 2])
-def test_prompt_and_generated_tokens(tiny_llama: nn.Module, kind: str, tokens: str, beams: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_prompt_and_generated_tokens(tiny_llama: nn.Module, kind: str, tokens: str, way: str) -> None:
     options = {"occurrences": "all"} if kind == "caching" else {}
     run, touched = Run(kind, "model.layers.1", tokens=tokens, **options), []
     if kind == "steering":
         run.factory.steer_fn = lambda module_key, output: touched.append(output.shape[0])
-    with torch.no_grad(), run.prepare(tiny_llama) as hooked:
+    given, how, copies = WAYS[way]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), run.prepare(tiny_llama) as hooked:
         length = {"max_new_tokens": 4, "min_new_tokens": 4}
-        hooked.generate(**LEFT, **length, num_beams=beams, do_sample=False, pad_token_id=0)
+        hooked.generate(**given, **{"do_sample": False, "pad_token_id": 0} | length | how)
     counts = {
         "caching": lambda: [len(value) for value in run.context.occurrences[run.name]],
         "scoring": lambda: [batch.n for batch in run.batches if batch.n],
         "probing": lambda: [len(value) for value in run.probe.seen],
         "steering": lambda: touched,
     }[kind]()
-    # Ten real tokens in the prompts; of four new ones, the last is never fed back. Each beam is a row.
-    assert counts == ([10 * beams] if tokens == "prompt" else [2 * beams] * 3)
+    # Of four new tokens the last is never fed back. Each beam is a row.
+    real, rows = int(given["attention_mask"].sum()), len(given["input_ids"])
+    assert counts == ([real * copies] if tokens == "prompt" else [rows * copies] * 3)
