@@ -140,6 +140,8 @@ class CompositeContext(HookingContext):
         contexts: One per factory, in their order.
     """
 
+    observes = False
+
     def __init__(self, factory: CompositeHookingContextFactory, *args: Any, **kwargs: Any) -> None:
         super().__init__(factory, *args, **kwargs)
         self.contexts: list[HookingContext] = [
