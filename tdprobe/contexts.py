@@ -184,7 +184,8 @@ class CompositeContext(HookingContext):
             yield
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        # Calls in a block of their own would be those of one part, without the others.
+        if name.startswith("_") or name in ("read", "contrast"):
             raise AttributeError(name)
         owners = [context for context in self.__dict__.get("contexts", ()) if hasattr(context, name)]
         if len(owners) == 1:

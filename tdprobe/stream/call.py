@@ -31,6 +31,7 @@ class Call:
         phase: ``"generated"`` for the steps of cached decoding, else ``"prompt"``.
         pad_token_id: The model's own, if it names one.
         continues: Whether the pass keeps a cache, so that tokens of other passes belong to the same texts.
+        two_sided: Whether an encoder and a decoder see different tokens in this pass.
     """
 
     shape: tuple[int, int] | None
@@ -39,6 +40,7 @@ class Call:
     phase: Phase = "prompt"
     pad_token_id: int | None = None
     continues: bool = False
+    two_sided: bool = False
     selections: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -46,6 +48,11 @@ class Call:
         """(batch, seen) bool; refuses a batch that looks padded but has no mask."""
         if self.shape is None:
             raise ConfigError("the input of this model has no token axis, so there is no token to select")
+        if self.two_sided:
+            raise ConfigError(
+                "the encoder and the decoder of this model see different tokens, so one choice cannot hold for both; "
+                "prepare one of them, model.get_encoder() or model.get_decoder(), and call the model as before"
+            )
         if self.mask is None:
             self._refuse_padding()
             return torch.ones(self.shape, dtype=torch.bool)
@@ -53,7 +60,7 @@ class Call:
             got = tuple(self.mask.shape) if isinstance(self.mask, Tensor) else f"a {type(self.mask).__name__}"
             raise ConfigError(
                 f"tokens are selected by an attention mask of shape (batch, tokens), got {got}, which does not say "
-                "which tokens are padding; pass the tokenizer's attention_mask"
+                "which tokens are padding; pass the tokenizer's attention_mask, and leave generate() its default cache"
             )
         return self.mask.bool()
 
@@ -124,7 +131,17 @@ class CallReader:
             "generated" if past else "prompt",
             self._pad,
             continues=past > 0 or hasattr(cache, "get_seq_length"),
+            two_sided="decoder_input_ids" in self._names and _sides_differ(given),
         )
+
+
+def _sides_differ(given: Mapping[str, Any]) -> bool:
+    shapes = [
+        next((given[name].shape[:2] for name in names if isinstance(given.get(name), Tensor)), None)
+        for names in (("input_ids", "inputs_embeds"), ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    ]
+    # Labels of whole texts are no tokens.
+    return shapes[1] is not None and len(shapes[1]) == 2 and shapes[0] != shapes[1]
 
 
 def _past_length(cache: Any, mask: Tensor | None, tokens: int) -> int:
