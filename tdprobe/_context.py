@@ -33,7 +33,12 @@ class HookingContext:
         in_keys: See :meth:`HookingContextFactory.prepare`.
         out_keys: See :meth:`HookingContextFactory.prepare`.
         pre_factories: Factories whose contexts are entered before this one, on the same model.
+
+    Attributes:
+        observes: Whether it may want to see a forward pass to its end, which no other context then ends early.
     """
+
+    observes: bool = True
 
     def __init__(
         self,
@@ -50,7 +55,7 @@ class HookingContext:
             self._module, self._path = module, ""
         else:
             self._module, self._path = NamedModule(module, in_keys, out_keys), "module"
-        self.gate = Gate()
+        self.gate = Gate(self.model, observes=self.observes)
         self.sites: list[Site] = []
         self._hooked: HookedModule | None = None
         self._handle: MultiHookHandle | None = None
@@ -62,8 +67,6 @@ class HookingContext:
         self._lifted = False
         self._lifts = 0
         self._pending: set[int] | None = None
-
-    # The user's model, and how many times each place has fired.
 
     @property
     def model(self) -> nn.Module:
@@ -85,8 +88,6 @@ class HookingContext:
     def require_active(self, what: str) -> None:
         if self._hooked is None:
             raise StateError(f"cannot {what} outside of its context; use `with factory.prepare(model) as hooked:`")
-
-    # Entering and leaving.
 
     def __enter__(self) -> HookedModule:
         return self.enter(managed=True)
@@ -189,7 +190,8 @@ class HookingContext:
         elsewhere = not self.gate.admits()
         if elsewhere:
             self.gate.open()
-        self._pending = {id(site) for site in self.sites} if self.factory.early_stop else None
+        ends_early = self.factory.early_stop and self.gate.is_alone()
+        self._pending = {id(site) for site in self.sites} if ends_early else None
         outermost, self.in_call = not self.in_call, True
         try:
             yield
@@ -209,8 +211,6 @@ class HookingContext:
 
     def stopped_early(self) -> None:
         """Finish a forward pass that ended early; subclasses do what its end would have done."""
-
-    # Lifting the hooks for a while.
 
     @contextmanager
     def disable_hooks(self) -> Generator[None]:

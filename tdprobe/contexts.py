@@ -140,6 +140,8 @@ class CompositeContext(HookingContext):
         contexts: One per factory, in their order.
     """
 
+    observes = False
+
     def __init__(self, factory: CompositeHookingContextFactory, *args: Any, **kwargs: Any) -> None:
         super().__init__(factory, *args, **kwargs)
         self.contexts: list[HookingContext] = [
@@ -182,7 +184,8 @@ class CompositeContext(HookingContext):
             yield
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        # Calls in a block of their own would be those of one part, without the others.
+        if name.startswith("_") or name in ("read", "contrast"):
             raise AttributeError(name)
         owners = [context for context in self.__dict__.get("contexts", ()) if hasattr(context, name)]
         if len(owners) == 1:

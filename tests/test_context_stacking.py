@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tdprobe.contexts import HookingContextFactory, Site
 from tdprobe.errors import TdprobeError
 from tdprobe.hooks import Hook, MultiHookHandle
-from tdprobe.latent import ActivationCaching
+from tdprobe.latent import ActivationCaching, LayerScoring, SteeringVectors
 from tdprobe.modules import HookedModule
 
 X = torch.ones(1, 2)
@@ -227,3 +227,33 @@ def test_keys_given_for_a_tensordict_module_are_checked(keys: Any, problem: str)
 def test_only_modules_can_be_prepared(thing: Any) -> None:
     with pytest.raises(ValueError, match=r"nn\.Module"):
         ActivationCaching("").prepare(thing)
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("first", ["stopping", "scoring"])
+def test_an_early_stop_does_not_cut_off_another_observer(first: str, part: bool) -> None:
+    """A scoring would lose the rows of that pass, and nobody would notice."""
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model = nn.Sequential(inner)
+    scoring = LayerScoring(r"\d" if part else r"0\.\d").prepare(inner if part else model)
+    stopping = ActivationCaching(r"0\.0", early_stop=True).prepare(model)
+    pair = [stopping, scoring] if first == "stopping" else [scoring, stopping]
+    x = torch.ones(9, 4)
+    with torch.no_grad(), pair[0], pair[1]:
+        for _ in range(2):
+            output = stopping._hooked(x)
+            assert torch.equal(output, model(x))
+    assert scoring.n_rows == 36
+    with torch.no_grad(), stopping as hooked:
+        assert hooked(x) is None
+
+
+def test_an_early_stop_holds_beside_steering() -> None:
+    model, later = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)), []
+    model[2].register_forward_hook(lambda *_: later.append(1))
+    stopping = ActivationCaching("1", early_stop=True).prepare(model)
+    with torch.no_grad(), SteeringVectors(["0"], vector=torch.ones(4)).prepare(model), stopping as hooked:
+        hooked(torch.ones(2, 4))
+    assert not later
+    with torch.no_grad():
+        torch.testing.assert_close(stopping.cache["1"], model[1](model[0](torch.ones(2, 4)) + 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import threading
 import weakref
@@ -16,12 +17,15 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from tdprobe.contexts import HookingContextFactory
+from tdprobe.contexts import CompositeHookingContextFactory, HookingContextFactory
 from tdprobe.latent import (
     ActivationAddition,
     ActivationCaching,
     ActivationPatching,
+    AttentionPatterns,
     LayerScoring,
+    MaxActivating,
+    NoisedInformation,
     Probing,
     SteeringVectors,
 )
@@ -72,6 +76,19 @@ def fired(context: Any) -> int:
     return sum(context.n_fired.values())
 
 
+def noised(hooked: Any) -> Any:
+    if hooked.hooking_context._levels is None:
+        with hooked.calibrating():
+            hooked(**CLEAN)
+    return hooked(**CLEAN)
+
+
+def composite(lead: str) -> HookingContextFactory:
+    return CompositeHookingContextFactory(
+        ActivationCaching(PATTERN), SteeringVectors([lead + LAYER], double), LayerScoring(PATTERN)
+    )
+
+
 CASES = {
     "caching": Case(lambda lead: ActivationCaching(PATTERN), lambda h: h(**CLEAN), lambda c: len(c.cache.keys())),
     "scoring": Case(lambda lead: LayerScoring(PATTERN), lambda h: h(**CLEAN), lambda c: c.n_rows),
@@ -83,6 +100,18 @@ CASES = {
         lambda h: h(CLEAN, labels=torch.ones(3), step_type="fit"),
         lambda c: len(PROBE.seen),
     ),
+    "attention": Case(
+        lambda lead: AttentionPatterns(PATTERN.removesuffix("$") + r"\.self_attn$"),
+        lambda h: h(**CLEAN),
+        lambda c: len(c.cache.keys()),
+    ),
+    "largest": Case(
+        lambda lead: MaxActivating(PATTERN, k=2),
+        lambda h: h(**CLEAN),
+        lambda c: 0 if c._state is None else int(c._state.n),
+    ),
+    "noise": Case(lambda lead: NoisedInformation(PATTERN, noise=0.1), noised, lambda c: c.scorer.n),
+    "composite": Case(composite, lambda h: h(**CLEAN), lambda c: c.contexts[2].n_rows),
 }
 
 
@@ -104,6 +133,7 @@ def unharmed(tiny_llama: nn.Module, hooks_of: Callable[[nn.Module], int]) -> Ite
         assert torch.equal(model(**CLEAN).logits, before)
     assert hooks_of(model) == 0
     assert [module.training for module in model.modules()] == mode
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -168,6 +198,53 @@ def test_factories_copy_and_pickle(case: Case, unharmed: nn.Module) -> None:
         with torch.no_grad(), context as hooked:
             case.run(hooked)
         assert case.left(context) > 0
+
+
+def test_a_model_that_is_copied_or_saved_in_the_block(case: Case, unharmed: nn.Module) -> None:
+    context, file = case.make("").prepare(unharmed), io.BytesIO()
+    with torch.no_grad():
+        expected = unharmed(**CLEAN).logits
+        with context as hooked:
+            case.run(hooked)
+            left = case.left(context)
+            torch.save(unharmed, file)
+            file.seek(0)
+            twins = [copy.deepcopy(unharmed), torch.load(file, weights_only=False)]
+            inside = [twin(**CLEAN).logits for twin in twins]
+            assert case.left(context) == left
+        outside = [twin(**CLEAN).logits for twin in twins]
+    assert all(torch.equal(found, expected) for found in inside + outside)
+
+
+def test_an_enter_that_fails_half_way(case: Case, unharmed: nn.Module, hooks_of: Callable[[nn.Module], int]) -> None:
+    layer = unharmed.model.layers[1]
+    for part in (layer, layer.self_attn):
+        part.register_forward_hook = lambda *_, **__: 1 / 0
+    context = case.make("").prepare(unharmed)
+    with pytest.raises(ZeroDivisionError), context:
+        pass
+    assert hooks_of(unharmed) == 0 and not context.in_context
+    for part in (layer, layer.self_attn):
+        del part.register_forward_hook
+    with torch.no_grad(), context as hooked:
+        case.run(hooked)
+    assert case.left(context) > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(case: Case, unharmed: nn.Module, reentrant: bool) -> None:
+    unharmed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    unharmed.train()
+    context = case.make("").prepare(unharmed)
+    with context as hooked:
+        output = case.run(hooked)
+        left = case.left(context)
+        if "logits" in (output if output is not None else {}):
+            output.logits.sum().backward()
+            assert unharmed.model.layers[1].mlp.up_proj.weight.grad.isfinite().all()
+        assert case.left(context) == left > 0
+    unharmed.gradient_checkpointing_disable()
+    unharmed.eval()
 
 
 def test_what_is_dropped_is_freed_at_once(case: Case, tiny_llama: nn.Module) -> None:

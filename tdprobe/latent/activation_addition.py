@@ -28,6 +28,11 @@ class AdditionContext(PathContext):
         super().__init__(*args, **kwargs)
         self.values: dict[str, Tensor] | None = None
 
+    def contrast(self, positive: Any, negative: Any) -> TensorDict:
+        """Compute the vectors in a block of its own; see :meth:`AdditionModule.contrast`."""
+        with self as hooked:
+            return hooked.contrast(positive, negative)
+
 
 class AdditionModule(HookedModule):
     """A model that takes both sides of a contrast and gives the difference."""
@@ -95,7 +100,7 @@ class ActivationAddition(PathFactory):
     A call takes a TensorDict with every input twice, under ``positive_key`` and ``negative_key``, and returns a new
     TensorDict of batch size ``[]`` with ``(steer_key, path)`` only; the one that was given stays as it is. The mean is
     over the batch dimensions: with none, the difference itself is returned. ``hooked.contrast(positive, negative)``
-    takes encodings.
+    takes encodings, and so does ``factory.prepare(model).contrast(positive, negative)``, which needs no block.
 
     Args:
         modules_to_steer: Module paths, such as ``"model.layers[10]"``.

@@ -48,6 +48,12 @@ class CachingContext(HookingContextWithCache):
         self.occurrences.clear()
         self.phases.clear()
 
+    def read(self, *args: Any, **kwargs: Any) -> TensorDict:
+        """Call the hooked module once, in a block of its own, and return the cache."""
+        with self as hooked:
+            hooked(*args, **kwargs)
+        return self.cache
+
     def stopped_early(self) -> None:
         """Forget the pass that ended early, so that its mask selects nothing afterwards."""
         if self.tracker is not None:
@@ -104,6 +110,8 @@ class CachingModule(HookedModule):
 
 class ActivationCaching(HookingContextFactory):
     """Cache activations of the modules that a pattern matches.
+
+    ``factory.prepare(model).read(**encoding)`` is the short form of a block with a single call: it returns the cache.
 
     Values are not detached and not copied: memory is shared until somebody writes to it in place, and such a write does
     not show in the cache. ``retain_grad()`` on a value gets the gradient of the model; ``torch.autograd.grad`` with

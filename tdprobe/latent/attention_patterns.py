@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,20 +23,42 @@ ATTENTION = r".*(self_attn|attention\.self|attn)$"
 class AttentionContext(HookingContextWithCache):
     """Attention weights by module name, in ``cache``."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The configurations that are switched: the model may have got others when the block ends.
+        self._switched: list[Any] = []
+
     def enter(self, *, managed: bool) -> HookedModule:
         """Install everything or nothing, and let the model compute attention by its plain formula."""
-        _switch_on(self.model)
-        try:
-            return super().enter(managed=managed)
-        except BaseException:
-            _switch_off(self.model)
-            raise
+        hooked = super().enter(managed=managed)
+        self._switch(on=True)
+        return hooked
 
     def _leave(self, error: BaseException | None = None) -> None:
         try:
             super()._leave(error)
         finally:
-            _switch_off(self.model)
+            self._switch(on=False)
+
+    @contextmanager
+    def disable_hooks(self) -> Generator[None]:
+        """Lift the hooks, and let the model compute attention its own way meanwhile."""
+        hooked = self._hooked
+        try:
+            with super().disable_hooks():
+                self._switch(on=False)
+                yield
+        finally:
+            if hooked is not None and self._hooked is hooked and not self._lifts:
+                self._switch(on=True)
+
+    def _switch(self, *, on: bool) -> None:
+        if on == bool(self._switched):
+            return
+        configs = _configs(self.model) if on else self._switched
+        self._switched = configs if on else []
+        for config in configs:
+            (_switch_on if on else _switch_off)(config)
 
 
 class AttentionPatterns(HookingContextFactory):
@@ -43,7 +66,8 @@ class AttentionPatterns(HookingContextFactory):
 
     Fused attention never forms these weights, so the model is switched to its plain formula (``"eager"``)
     while the block lasts, and back at its end. Outputs inside the block differ from those outside by
-    rounding.
+    rounding; the switch is the model's, so those of other threads do so as well meanwhile. A copy of the
+    model is not switched.
 
     Args:
         key_pattern: Regular expression matched from the start of the dotted module name; by default the
@@ -89,30 +113,49 @@ class AttentionPatterns(HookingContextFactory):
         return MultiHookHandle(hooks)
 
 
+class _Eager(str):
+    """The name of the plain formula here, and of the model's own implementation in a copy of its configuration.
+
+    A model that is copied or saved inside a block must not stay switched.
+    """
+
+    before: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self.before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_itself, (self.before,))
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
 # By identity of the configuration: how many blocks need eager attention, and what it was before the first of them.
-_switched: dict[int, tuple[int, Any]] = {}
+_needed: dict[int, tuple[int, Any]] = {}
 
 
-def _switch_on(model: nn.Module) -> None:
-    for config in _configs(model):
-        count, before = _switched.get(id(config), (0, config._attn_implementation_internal))
-        _switched[id(config)] = (count + 1, before)
-        # Not the public setter: it would write into configurations of other models' parts as well.
-        config._attn_implementation_internal = "eager"
+def _switch_on(config: Any) -> None:
+    count, before = _needed.get(id(config), (0, config._attn_implementation_internal))
+    _needed[id(config)] = (count + 1, before)
+    eager = _Eager("eager")
+    eager.before = before
+    # Not the public setter: it would write into configurations of other models' parts as well.
+    config._attn_implementation_internal = eager
 
 
-def _switch_off(model: nn.Module) -> None:
-    for config in _configs(model):
-        count, before = _switched.pop(id(config))
-        if count > 1:
-            _switched[id(config)] = (count - 1, before)
-        else:
-            config._attn_implementation_internal = before
+def _switch_off(config: Any) -> None:
+    count, before = _needed.pop(id(config))
+    if count > 1:
+        _needed[id(config)] = (count - 1, before)
+    else:
+        config._attn_implementation_internal = before
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def _configs(model: nn.Module) -> list[Any]:
     configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    return (config for config in configs.values() if hasattr(config, "_attn_implementation_internal"))
+    return [config for config in configs.values() if hasattr(config, "_attn_implementation_internal")]
 
 
 def _capture(context: AttentionContext, module: nn.Module, site: Site) -> Hook:

@@ -180,9 +180,10 @@ def _fingerprint(value: Tensor) -> Tensor:
 
 def refuse_other_padding(site: Site, clean: Call | None, call: Call | None) -> None:
     """Refuse to replace whole values of rows whose pads are elsewhere: tokens would land on other tokens."""
-    if clean is None or call is None or clean.mask is None or call.mask is None or clean.mask.shape != call.mask.shape:
+    masks = [each.mask for each in (clean, call) if each is not None and isinstance(each.mask, Tensor)]
+    if len(masks) < 2 or masks[0].shape != masks[1].shape:
         return
-    if not torch.equal(clean.mask.bool(), call.mask.bool()):
+    if not torch.equal(masks[0].bool(), masks[1].bool()):
         raise ConfigError(
             f"the clean and the other input have pads at different places, so the value of {site.name!r} cannot be "
             "replaced as a whole; tokens='all' pairs the real tokens, tokens='last' the ends of the rows"

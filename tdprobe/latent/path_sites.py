@@ -117,6 +117,8 @@ def flattened(td: TensorDictBase, batch_size: torch.Size) -> TensorDictBase:
 class PathContext(HookingContext):
     """A context whose modules are named by path: each of them has to act."""
 
+    observes = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tracker = CallTracker(self.model, self.gate, self._begin)
@@ -178,7 +180,8 @@ class PathContext(HookingContext):
     def calling(self) -> Generator[None]:
         """Mark a call of the hooked module, which may end early in a run whose output nobody wants."""
         with super().calling():
-            self._pending = {id(site) for site in self.sites} if self.ends_early else None
+            ends_early = self.ends_early and self.gate.is_alone()
+            self._pending = {id(site) for site in self.sites} if ends_early else None
             yield
 
     def stopped_early(self) -> None:

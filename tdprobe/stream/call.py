@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -15,6 +15,9 @@ from tdprobe._types import named_forward
 from tdprobe.errors import ConfigError
 
 Phase = Literal["prompt", "generated"]
+
+# transformers 5.24 has renamed the second to the first.
+CACHES = ("cache", "past_key_values")
 
 
 @dataclass(eq=False)
@@ -28,6 +31,7 @@ class Call:
         phase: ``"generated"`` for the steps of cached decoding, else ``"prompt"``.
         pad_token_id: The model's own, if it names one.
         continues: Whether the pass keeps a cache, so that tokens of other passes belong to the same texts.
+        two_sided: Whether an encoder and a decoder see different tokens in this pass.
     """
 
     shape: tuple[int, int] | None
@@ -36,6 +40,7 @@ class Call:
     phase: Phase = "prompt"
     pad_token_id: int | None = None
     continues: bool = False
+    two_sided: bool = False
     selections: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -43,12 +48,19 @@ class Call:
         """(batch, seen) bool; refuses a batch that looks padded but has no mask."""
         if self.shape is None:
             raise ConfigError("the input of this model has no token axis, so there is no token to select")
+        if self.two_sided:
+            raise ConfigError(
+                "the encoder and the decoder of this model see different tokens, so one choice cannot hold for both; "
+                "prepare one of them, model.get_encoder() or model.get_decoder(), and call the model as before"
+            )
         if self.mask is None:
             self._refuse_padding()
             return torch.ones(self.shape, dtype=torch.bool)
-        if self.mask.ndim != 2:
+        if not isinstance(self.mask, Tensor) or self.mask.ndim != 2:
+            got = tuple(self.mask.shape) if isinstance(self.mask, Tensor) else f"a {type(self.mask).__name__}"
             raise ConfigError(
-                f"tokens are selected by an attention mask of shape (batch, tokens), got {tuple(self.mask.shape)}"
+                f"tokens are selected by an attention mask of shape (batch, tokens), got {got}, which does not say "
+                "which tokens are padding; pass the tokenizer's attention_mask, and leave generate() its default cache"
             )
         return self.mask.bool()
 
@@ -106,11 +118,12 @@ class CallReader:
         if not known or lead is None or lead.ndim < 2:
             return Call(None)
         mask = given.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) else None
-        cache = given.get("past_key_values")
+        cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         past = _past_length(cache, mask, lead.shape[1])
         if mask is None and past:
             mask = torch.ones(lead.shape[0], past + lead.shape[1], dtype=torch.bool)
+        else:
+            mask = _padding(mask, past, lead.shape[1])
         return Call(
             (lead.shape[0], lead.shape[1]),
             mask,
@@ -118,11 +131,47 @@ class CallReader:
             "generated" if past else "prompt",
             self._pad,
             continues=past > 0 or hasattr(cache, "get_seq_length"),
+            two_sided="decoder_input_ids" in self._names and _sides_differ(given),
         )
+
+
+def _sides_differ(given: Mapping[str, Any]) -> bool:
+    shapes = [
+        next((given[name].shape[:2] for name in names if isinstance(given.get(name), Tensor)), None)
+        for names in (("input_ids", "inputs_embeds"), ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+    ]
+    # Labels of whole texts are no tokens.
+    return shapes[1] is not None and len(shapes[1]) == 2 and shapes[0] != shapes[1]
 
 
 def _past_length(cache: Any, mask: Tensor | None, tokens: int) -> int:
     length: Callable[[], Any] | None = getattr(cache, "get_seq_length", None)
     if length is not None:
         return int(length())
-    return max(0, mask.shape[-1] - tokens) if mask is not None and mask.ndim == 2 else 0
+    return max(0, mask.shape[-1] - tokens) if isinstance(mask, Tensor) and mask.ndim == 2 else 0
+
+
+def _padding(mask: Any, past: int, tokens: int) -> Any:
+    """Read which tokens are real off the causal mask that ``generate()`` makes for a cache of fixed size.
+
+    Args:
+        mask: As the model gets it: (batch, tokens), or by pairs of tokens, (batch, heads, tokens, places), perhaps one
+            for each kind of layer.
+        past: Tokens in the cache.
+        tokens: Tokens of this pass.
+
+    Returns:
+        (batch, past + tokens) bool for a mask by pairs that is causal attention among real tokens; else ``mask``.
+    """
+    pairs = mask
+    if isinstance(mask, Mapping):
+        pairs = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(pairs, Tensor) or pairs.ndim != 4 or pairs.shape[-2] != tokens or pairs.shape[-1] < past + tokens:
+        return mask
+    # Additive masks hold 0 where attention is allowed.
+    sees = (pairs == 0 if pairs.is_floating_point() else pairs.bool())[:, 0, :, : past + tokens]
+    real = sees.any(1)
+    causal = torch.ones(tokens, past + tokens, dtype=torch.bool, device=sees.device).tril(past) & real.unsqueeze(1)
+    # What pads attend to means nothing.
+    told = ((sees == causal) | ~real[:, past:].unsqueeze(2)).all() & real.any(1).all()
+    return real if bool(told) else mask

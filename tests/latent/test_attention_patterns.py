@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -66,6 +67,29 @@ def test_the_implementation_is_restored_on_every_way_out(tiny_llama: nn.Module, 
         pass
     assert implementations(tiny_llama) == before and hooks_of(tiny_llama) == count
     assert torch.equal(tiny_llama(input_ids=IDS).logits, output)
+
+
+def test_a_copy_made_in_the_block_and_lifted_hooks_are_not_switched(tiny_llama: nn.Module, tmp_path: Any) -> None:
+    with torch.no_grad():
+        expected = tiny_llama(input_ids=IDS).logits
+        with AttentionPatterns().prepare(tiny_llama) as hooked:
+            eager = hooked(input_ids=IDS).logits
+            torch.save(tiny_llama, tmp_path / "model.pt")
+            twins = [copy.deepcopy(tiny_llama), torch.load(tmp_path / "model.pt", weights_only=False)]
+            with hooked.disable_context_hooks():
+                assert torch.equal(tiny_llama(input_ids=IDS).logits, expected)
+            assert torch.equal(hooked(input_ids=IDS).logits, eager) and not torch.equal(eager, expected)
+        for twin in twins:
+            assert implementations(twin) == {"sdpa"} and torch.equal(twin(input_ids=IDS).logits, expected)
+
+
+def test_a_model_that_gets_another_configuration_in_the_block_is_left_with_it(tiny_llama: nn.Module) -> None:
+    model = copy.deepcopy(tiny_llama)
+    before, model_config = model.config, copy.deepcopy(model.config)
+    with AttentionPatterns().prepare(model) as hooked, torch.no_grad():
+        hooked(input_ids=IDS)
+        model.config = model_config
+    assert model.config is model_config and before._attn_implementation == "sdpa"
 
 
 def test_a_failed_enter_restores_it(tiny_llama: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from tdprobe.contexts import CompositeHookingContextFactory
 from tdprobe.hooks import first_tensor
 from tdprobe.latent import (
     ActivationAddition,
@@ -378,22 +379,83 @@ def test_early_stop_spares_the_rest_and_changes_nothing_that_is_read(tiny_llama:
     assert not later and torch.equal(runs[0].read(), runs[1].read())
 
 
+# A batch padded on the left, and a single text, whose mask transformers drops; caches that grow, and of a fixed size.
+ONE = {name: value[:1] for name, value in LEFT.items()}
+WAYS = {
+    "greedy": (LEFT, {}, 1),
+    "beams": (LEFT, {"num_beams": 2}, 2),
+    "samples": (LEFT, {"do_sample": True, "num_return_sequences": 3}, 3),
+    "fixed cache": (LEFT, {"cache_implementation": "static"}, 1),
+    "one text": (ONE, {}, 1),
+    "one text, fixed cache": (ONE, {"cache_implementation": "static"}, 1),
+    "one text, guessed ahead": (ONE, {"prompt_lookup_num_tokens": 2}, 1),
+}
+
+
 @pytest.mark.parametrize("kind", ["caching", "scoring", "probing", "steering"])
 @pytest.mark.parametrize("tokens", ["prompt", "generated"])
-@pytest.mark.parametrize("beams", [1, 2])
-def test_prompt_and_generated_tokens(tiny_llama: nn.Module, kind: str, tokens: str, beams: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_prompt_and_generated_tokens(tiny_llama: nn.Module, kind: str, tokens: str, way: str) -> None:
     options = {"occurrences": "all"} if kind == "caching" else {}
     run, touched = Run(kind, "model.layers.1", tokens=tokens, **options), []
     if kind == "steering":
         run.factory.steer_fn = lambda module_key, output: touched.append(output.shape[0])
-    with torch.no_grad(), run.prepare(tiny_llama) as hooked:
+    given, how, copies = WAYS[way]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), run.prepare(tiny_llama) as hooked:
         length = {"max_new_tokens": 4, "min_new_tokens": 4}
-        hooked.generate(**LEFT, **length, num_beams=beams, do_sample=False, pad_token_id=0)
+        hooked.generate(**given, **{"do_sample": False, "pad_token_id": 0} | length | how)
     counts = {
         "caching": lambda: [len(value) for value in run.context.occurrences[run.name]],
         "scoring": lambda: [batch.n for batch in run.batches if batch.n],
         "probing": lambda: [len(value) for value in run.probe.seen],
         "steering": lambda: touched,
     }[kind]()
-    # Ten real tokens in the prompts; of four new ones, the last is never fed back. Each beam is a row.
-    assert counts == ([10 * beams] if tokens == "prompt" else [2 * beams] * 3)
+    # Of four new tokens the last is never fed back. Each beam is a row.
+    real, rows = int(given["attention_mask"].sum()), len(given["input_ids"])
+    assert counts == ([real * copies] if tokens == "prompt" else [rows * copies] * 3)
+
+
+@pytest.mark.parametrize("kind", ["caching", "scoring", "probing", "steering"])
+def test_encoder_and_decoder_have_tokens_of_their_own(kind: str, hooks_of: Any) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    model, touched = T5ForConditionalGeneration(config).eval(), []
+    run = Run(kind, "decoder.block.1", tokens="last")
+    with torch.no_grad(), pytest.raises(ValueError, match="get_decoder"), run.prepare(model):
+        model(**RIGHT, decoder_input_ids=IDS[:, :4])
+    assert hooks_of(model) == 0
+    run = Run(kind, "block.1", tokens="all", **({"occurrences": "all"} if kind == "caching" else {}))
+    if kind == "steering":
+        run.factory.steer_fn = lambda module_key, output: touched.append(output.shape[0])
+    with torch.no_grad(), run.prepare(model.get_decoder()):
+        model.generate(**RIGHT, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    counts = {
+        "caching": lambda: [len(value) for value in run.context.occurrences[run.name]],
+        "scoring": lambda: [batch.n for batch in run.batches],
+        "probing": lambda: [len(value) for value in run.probe.seen],
+        "steering": lambda: touched,
+    }[kind]()
+    assert counts == [2, 2, 2]
+
+
+# One call in a block of its own, as one expression.
+
+
+@pytest.mark.parametrize("kind", ["caching", "addition"])
+def test_a_block_of_one_call(tiny_llama: nn.Module, kind: str, hooks_of: Any) -> None:
+    run = Run(kind, "model.layers.1", tokens="last", early_stop=True)
+    with torch.no_grad(), run.prepare(tiny_llama) as hooked:
+        run.call(hooked, RIGHT)
+    context = run.factory.prepare(tiny_llama)
+    call = {"caching": lambda: context.read(**RIGHT), "addition": lambda: context.contrast(RIGHT, other_than(RIGHT))}
+    with torch.no_grad():
+        found = call[kind]()[run.name if kind == "caching" else ("steer", run.name)]
+        assert torch.equal(found, run.read()) and hooks_of(tiny_llama) == 0
+        context.factory.required = False
+        with context, pytest.raises(RuntimeError, match="twice"):
+            call[kind]()
+    # In a composite it would leave the other parts out.
+    part = Run(kind, "model.layers.1").factory
+    with pytest.raises(AttributeError, match="read|contrast"):
+        getattr(CompositeHookingContextFactory(part).prepare(tiny_llama), "read" if kind == "caching" else "contrast")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdprobe.stream.call import Call, CallReader
+from tdprobe.stream.call import CallReader
 
 
 class Config:
@@ -22,7 +22,7 @@ class Model(nn.Module):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> None: ...
@@ -82,13 +82,15 @@ def test_a_bare_tensor_of_integers_is_ids() -> None:
     assert call.shape == (2, 3) and call.input_ids is IDS
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.parametrize(("length", "phase"), [(0, "prompt"), (4, "generated")])
-def test_the_phase_is_read_off_the_cache(length: int, phase: str) -> None:
-    mask = torch.ones(2, length + 1)
-    call = read((), {"input_ids": IDS[:, :1], "attention_mask": mask, "past_key_values": Cache(length)})
-    assert call.phase == phase and call.continues
-    assert call.positions.tolist() == [[length]] * 2
-    assert read((), {"input_ids": IDS[:, :1], "past_key_values": Cache(length)}).positions.tolist() == [[length]] * 2
+def test_the_phase_is_read_off_the_cache(length: int, phase: str, name: str) -> None:
+    """transformers has renamed the argument, and a batch of one text comes without a mask."""
+    step = {"input_ids": IDS[:, :1], name: Cache(length)}
+    for mask in ({"attention_mask": torch.ones(2, length + 1)}, {}):
+        call = read((), step | mask)
+        assert call.phase == phase and call.continues
+        assert call.positions.tolist() == [[length]] * 2
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,46 @@ def test_without_a_mask_all_tokens_are_real_where_nothing_looks_padded(ids: Any)
     assert bool(read((torch.tensor(ids),), {}).valid.all())
 
 
-def test_a_mask_of_four_axes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(batch, tokens\), got \(2, 1, 3, 3\)"):
-        _ = Call((2, 3), torch.ones(2, 1, 3, 3)).valid
+def by_pairs(mask: Tensor, tokens: int, places: int) -> Tensor:
+    """Spell out which place each token attends to: the real ones up to its own."""
+    batch, seen = mask.shape
+    pairs = torch.zeros(batch, 1, tokens, places, dtype=torch.bool)
+    for row in range(batch):
+        for token in range(tokens):
+            for place in range(seen - tokens + token + 1):
+                pairs[row, 0, token, place] = bool(mask[row, place])
+    return pairs
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "by layer"])
+@pytest.mark.parametrize("past", [0, 2])
+@pytest.mark.parametrize("side", [1, -1])
+def test_the_mask_of_a_cache_of_fixed_size_tells_the_padding(kind: str, past: int, side: int) -> None:
+    mask = (
+        torch.cat([MASK.new_ones(2, past), MASK], 1)
+        if side == 1
+        else torch.cat([MASK.flip(1), MASK[:1, :past].expand(2, -1)], 1)
+    )
+    pairs = by_pairs(mask, 3, 8)
+    if kind != "bool":
+        pairs = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min)
+    given = {"sliding_attention": pairs[..., :1], "full_attention": pairs} if kind == "by layer" else pairs
+    plain, call = (read((IDS, form), {"cache": Cache(past)}) for form in (mask, given))
+    assert call.positions.tolist() == plain.positions.tolist() and call.lengths.tolist() == plain.lengths.tolist()
+
+
+WINDOW = torch.ones(2, 1, 3, 3).tril().triu(-1)
+
+
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (WINDOW.bool(), r"\(2, 1, 3, 3\)"),
+        (torch.ones(2, 1, 3, 3), r"\(2, 1, 3, 3\)"),
+        ({"sliding_attention": WINDOW.bool()}, "a dict"),
+        (object(), "a object"),
+    ],
+)
+def test_a_mask_that_does_not_tell_the_padding_is_refused(mask: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"\(batch, tokens\), got {got}.*tokenizer's attention_mask"):
+        _ = read((IDS, mask), {}).valid

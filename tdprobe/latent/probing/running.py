@@ -122,4 +122,6 @@ def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ..
 
 
 def _has_pads(call: Call) -> bool:
-    return call.shape is not None and call.mask is not None and call.mask.ndim == 2 and not bool(call.mask.all())
+    return (
+        call.shape is not None and isinstance(call.mask, Tensor) and call.mask.ndim == 2 and not bool(call.mask.all())
+    )
