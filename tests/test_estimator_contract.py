@@ -176,14 +176,14 @@ class TestValues:
             return
         layers, found = rows(), score(name, rows())
         if kind == "pair":
-            expected = torch.as_tensor([[float(reference(a, b)) for b in layers] for a in layers])
+            expected = torch.tensor([[float(reference(a, b)) for b in layers] for a in layers], dtype=torch.float64)
             off = ~torch.eye(len(layers), dtype=torch.bool)
-            found, expected = found[off], expected[off].double()
+            found, expected = found[off], expected[off]
         elif kind == "layer":
-            expected = torch.as_tensor([float(reference(x)) for x in layers]).double()
+            expected = torch.tensor([float(reference(x)) for x in layers], dtype=torch.float64)
         else:
             expected = torch.stack([torch.as_tensor(reference(x, targets(name))) for x in layers]).double()
-        torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("shift", [0.0, 1.0])
     def test_float32_agrees_with_float64_at_any_offset(self, name, shift):
