@@ -200,7 +200,7 @@ class LayerComparison:
 
     def _scorer_of_banks(self) -> tuple[Scorer, int]:
         batch, left_out = self._banks.joined()
-        scorer = self._scorer(portion=max(batch.n, MIN_ROWS))
+        scorer = self._scorer(portion=max(batch.n, MIN_ROWS), whole=True)
         scorer.push(batch)
         return scorer, left_out
 

@@ -14,7 +14,14 @@ from torch import Tensor
 from tdprobe.errors import ConfigError, StateError
 from tdprobe.estimator import Estimator, not_finite, warn_not_finite
 from tdprobe.latent.group_errors import score_groups
-from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, source_of, with_rows
+from tdprobe.latent.kept_states import (
+    GroupedState,
+    Source,
+    empty_groups,
+    sources_of,
+    with_least_work,
+    with_rows,
+)
 from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
 from tdprobe.latent.score_blocks import Scored
 from tdprobe.latent.scoring_options import (
@@ -47,6 +54,7 @@ class Scorer:
         groups: Groups of rows for standard errors; 0 for none.
         null: Permutations for null scores of pairs; 0 for none.
         memory_budget: Bytes that the state of a statistic may take.
+        whole: The first batch will be the only one: of several routes to one value the cheapest is taken.
         routes: What each estimator reads; by default what it asks for, or cheaper where memory is short.
         n: Rows seen so far, with those that are left out.
     """
@@ -57,6 +65,7 @@ class Scorer:
     groups: int = DEFAULT_GROUPS
     null: int = 0
     memory_budget: float = DEFAULT_MEMORY
+    whole: bool = False
     routes: Mapping[str, Source] | None = None
     layers: tuple[str, ...] = ()
     n: int = 0
@@ -103,14 +112,12 @@ class Scorer:
         self._buffer.clear()
 
     def _begin(self, batch: Batch) -> None:
-        sources = dict(self.routes) if self.routes is not None else self._chosen(batch)
+        chosen = partial(sources_of, self.estimators, batch, self.memory_budget, self.whole)
+        sources = dict(self.routes) if self.routes is not None else chosen()
         widths = [x.shape[-1] for x in batch.rows.values()]
         wanted = [*sources.values(), *([NULL_SOURCE] if self.null else [])]
         self._states = {source: empty_groups(source, widths, self.groups) for source in dict.fromkeys(wanted)}
         self._sources = sources
-
-    def _chosen(self, batch: Batch) -> dict[str, Source]:
-        return {label: source_of(item, batch, self.memory_budget) for label, item in self.estimators.items()}
 
     @property
     def n_dropped(self) -> int:
@@ -176,14 +183,19 @@ class Scorer:
             pairs = {label: item for label, item in named.items() if item.spec.kind == "pair" and label in scored}
             if not pairs:
                 continue
-            chunk = source.most_layers([x.shape[-1] for x in layer_list(bank.rows)], self.memory_budget) // 2
-            drawn = permutation_null(bank, self.null, partial(self._scored_alike, pairs, source), max(1, chunk))
+            widths = [x.shape[-1] for x in layer_list(bank.rows)]
+            route = with_least_work(source, list(pairs.values()), widths * 2, len(bank.ids), self.memory_budget)
+            portion = self.portion if route == source else len(bank.ids)
+            chunk = route.most_layers(widths, self.memory_budget) // 2
+            drawn = permutation_null(bank, self.null, partial(self._scored_by, pairs, route, portion), max(1, chunk))
             for label, item in pairs.items():
                 yield label, compare_with_null(scored[label].score, drawn[label], item.spec)
 
-    def _scored_alike(self, estimators: Mapping[str, Estimator], source: Source, batch: Batch) -> dict[str, Tensor]:
-        """Score other rows by the same route."""
-        portion = min(self.portion, max(batch.n, MIN_ROWS))
+    def _scored_by(
+        self, estimators: Mapping[str, Estimator], source: Source, portion: int, batch: Batch
+    ) -> dict[str, Tensor]:
+        """Score other rows by the same route, or by a cheaper one to the same values."""
+        portion = min(portion, max(batch.n, MIN_ROWS))
         scorer = Scorer(estimators, portion, None, 0, 0, routes=dict.fromkeys(estimators, source))
         scorer.push(batch)
         with warnings.catch_warnings():
