@@ -37,7 +37,8 @@ from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
-from tdprobe.stream.outliers import MIN_ROWS, check_max_norm, without_outliers
+from tdprobe.stream.outliers import MIN_ROWS
+from tdprobe.stream.rescale import Rescale, check_rescale, selected
 
 # Null scores come from a bank: a stream cannot be shuffled.
 NULL_SOURCE = Source(Reservoir())
@@ -51,6 +52,7 @@ class Scorer:
         estimators: By label.
         portion: Rows per update, 8 or more.
         max_norm: Rows longer than this many median lengths are left out; ``None`` keeps all.
+        rescale: How rows are scaled first, see `selected`.
         groups: Groups of rows for standard errors; 0 for none.
         null: Permutations for null scores of pairs; 0 for none.
         memory_budget: Bytes that the state of a statistic may take.
@@ -65,6 +67,7 @@ class Scorer:
     groups: int = DEFAULT_GROUPS
     null: int = 0
     memory_budget: float = DEFAULT_MEMORY
+    rescale: Rescale | None = None
     whole: bool = False
     routes: Mapping[str, Source] | None = None
     layers: tuple[str, ...] = ()
@@ -77,7 +80,7 @@ class Scorer:
     _buffer: RowBuffer = field(init=False)
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        check_rescale(self.rescale, self.max_norm)
         check_portion(self.portion)
         check_scoring({"groups": self.groups, "null": self.null, "memory_budget": self.memory_budget})
         self._buffer = RowBuffer(self.portion)
@@ -94,8 +97,7 @@ class Scorer:
         if not self._sources:
             self._begin(batch)
         self._buffer.push(batch)
-        self.layers = self.layers or tuple(batch.rows)
-        self.n += batch.n
+        self.layers, self.n = self.layers or tuple(batch.rows), self.n + batch.n
         for portion in self._buffer.portions():
             kept = self._ordinary(portion)
             # An update that is interrupted leaves everything as it was, and the next one makes up for it.
@@ -112,8 +114,7 @@ class Scorer:
         self._buffer.clear()
 
     def _begin(self, batch: Batch) -> None:
-        chosen = partial(sources_of, self.estimators, batch, self.memory_budget, self.whole)
-        sources = dict(self.routes) if self.routes is not None else chosen()
+        sources = dict(self.routes or sources_of(self.estimators, batch, self.memory_budget, self.whole))
         widths = [x.shape[-1] for x in batch.rows.values()]
         wanted = [*sources.values(), *([NULL_SOURCE] if self.null else [])]
         self._states = {source: empty_groups(source, widths, self.groups) for source in dict.fromkeys(wanted)}
@@ -179,11 +180,11 @@ class Scorer:
 
     def _nulls(self, scored: Mapping[str, Scored]) -> Iterator[tuple[str, Null]]:
         bank: Any = self.kept([NULL_SOURCE])[NULL_SOURCE].total()
+        widths = [x.shape[-1] for x in layer_list(bank.rows)]
         for source, named in self._readers().items():
             pairs = {label: item for label, item in named.items() if item.spec.kind == "pair" and label in scored}
             if not pairs:
                 continue
-            widths = [x.shape[-1] for x in layer_list(bank.rows)]
             route = with_least_work(source, list(pairs.values()), widths * 2, len(bank.ids), self.memory_budget)
             portion = self.portion if route == source else len(bank.ids)
             chunk = route.most_layers(widths, self.memory_budget) // 2
@@ -191,12 +192,10 @@ class Scorer:
             for label, item in pairs.items():
                 yield label, compare_with_null(scored[label].score, drawn[label], item.spec)
 
-    def _scored_by(
-        self, estimators: Mapping[str, Estimator], source: Source, portion: int, batch: Batch
-    ) -> dict[str, Tensor]:
+    def _scored_by(self, named: Mapping[str, Any], source: Source, portion: int, batch: Batch) -> dict[str, Tensor]:
         """Score other rows by the same route, or by a cheaper one to the same values."""
         portion = min(portion, max(batch.n, MIN_ROWS))
-        scorer = Scorer(estimators, portion, None, 0, 0, routes=dict.fromkeys(estimators, source))
+        scorer = Scorer(named, portion, None, 0, 0, routes=dict.fromkeys(named, source))
         scorer.push(batch)
         with warnings.catch_warnings():
             # What there is to say has been said of the rows as they are, once.
@@ -219,7 +218,12 @@ class Scorer:
             "rows_per_update": self.portion,
         }
         # Rows that repeat an earlier one, by layer, which estimators of neighbours count; estimators without a score.
-        more = {"permutations": self.null, "duplicates": self._duplicates, "left_out": self._left_out}
+        more = {
+            "permutations": self.null,
+            "duplicates": self._duplicates,
+            "left_out": self._left_out,
+            "rescale": self.rescale,
+        }
         return facts | {name: value for name, value in more.items() if value}
 
     def kept(self, sources: Iterable[Source] | None = None) -> dict[Source, GroupedState]:
@@ -240,7 +244,7 @@ class Scorer:
         return self._ordinary(self._buffer.rest()) if self._buffer.n else None
 
     def _ordinary(self, batch: Batch) -> Batch | None:
-        kept = without_outliers(batch, self.max_norm)
+        kept = selected(batch, self.max_norm, self.rescale)
         # Too few to be worth an update of their own; without any other rows, the estimator will say so.
         begun = any(held.filled for held in self._states.values())
         return None if kept.n < MIN_ROWS and (begun or not kept.n) else kept
