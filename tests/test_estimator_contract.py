@@ -197,6 +197,12 @@ class TestValues:
         layers = rows(kind=kind)
         close(score(name, layers), score(name, [x.float() for x in layers]), 1e-4)
 
+    def test_layers_of_several_dtypes_are_promoted(self, name):
+        layers = [x.to(kind) for x, kind in zip(rows(), (torch.bfloat16, torch.float64, torch.float32), strict=True)]
+        found = score(name, layers)
+        assert found.dtype == torch.float64
+        close(found, score(name, [x.double() for x in layers]), 1e-4)
+
     def test_bounds_hold(self, name):
         low, high = class_of(name).spec.bounds
         for seed in range(5):
@@ -293,6 +299,16 @@ class TestDegenerate:
         assert not found[1].isinf().any()
         keep = (0, 2) if class_of(name).spec.kind == "pair" else (0,)
         close(found[keep], clean[keep], 1e-9)
+
+    def test_a_layer_may_repeat_its_rows_and_says_how_often(self, name):
+        layers = rows()
+        layers[1] = layers[1][torch.arange(N) % 30]
+        estimator = build(name)
+        batch = batch_of(estimator, layers)
+        found = estimator.score(estimator.update(estimator.init(batch), batch))
+        assert not found["score"].isinf().any()
+        if "duplicates" in found.keys():
+            assert found["duplicates"].tolist() == [0, 30, 0]
 
     def test_repeated_rows_give_a_finite_score(self, name):
         layers = [torch.cat([x, x[:20]]) for x in rows()]
