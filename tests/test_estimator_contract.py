@@ -233,6 +233,43 @@ class TestValues:
         close(found.cpu(), score(name, rows(), targets(name)), 1e-8)
 
 
+@pytest.mark.parametrize("name", NAMES)
+class TestStreamingForm:
+    """What a name stands for in a stream: minibatches, the robust mode."""
+
+    @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
+    def test_merged_in_any_order_and_grouping_is_streamed_in_the_same_portions(self, name, order):
+        if row_of(name).ordered:
+            return
+        estimator = streaming(name)
+        batch = batch_of(estimator, rows())
+        streamed = estimator.init(batch)
+        for start in range(0, N, 20):
+            streamed = estimator.update(streamed, batch.select(slice(start, start + 20)))
+        a, b, c = (states(estimator, batch, [20, 40])[place] for place in order)
+        expected = estimator.score(streamed)["score"]
+        assert not expected.isnan().all()
+        for merged in (a.merge(b).merge(c), a.merge(b.merge(c))):
+            close(estimator.score(merged)["score"], expected, 1e-9)
+
+    def test_declared_properties_hold_here_too(self, name):
+        estimator = streaming(name)
+
+        def values(layers):
+            batch = batch_of(estimator, layers, targets(name) if estimator.target_keys else None)
+            return estimator.score(estimator.update(estimator.init(batch), batch))["score"]
+
+        before = values(rows())
+        if estimator.spec.kind == "pair" and estimator.spec.symmetric:
+            close(before, before.mT, 1e-9)
+        for change in estimator.spec.invariant_to:
+            close(values([_changed(x, change) for x in rows()]), before, 1e-7)
+
+
+def streaming(name):
+    return registry.streaming(name) if name != "foreign_spread" else build(name)
+
+
 def _shifted(offset):
     # What float32 can hold of rows at an offset is what both must agree on.
     return [(x.double() + offset).float().double() for x in rows()]
