@@ -15,7 +15,6 @@ from tensordict import TensorDict
 
 from tdprobe import LayerScoring, hf
 from tdprobe.latent import GrideDimensionEstimator, LocalKnnDimensionEstimator, TwoNnDimensionEstimator
-from tdprobe.viz import heatmap
 
 # %%
 # Where the answer is known
@@ -153,10 +152,10 @@ ax.legend(frameon=False)
 # -----------------------------------------------
 #
 # Information imbalance asks how far down the list of the column's layer the nearest neighbour in the row's layer is:
-# 0 if it is the nearest there too, 1 if it is a random token. It is not symmetric. The upper left is lighter than the
-# lower right: early layers say more about late ones than late ones about early ones. Half-way the model has thrown
-# away what made tokens neighbours at first.
+# 0 if it is the nearest there too, 1 if it is a random token; bright is similar, as in all pictures. It is not
+# symmetric. The upper left is darker than the lower right: early layers say more about late ones than late ones about
+# early ones. Half-way the model has thrown away what made tokens neighbours at first.
 
 imbalance = table.matrix("information_imbalance")
 fig, ax = plt.subplots(figsize=(6.2, 5.2), layout="constrained")
-heatmap(imbalance, layers, layers, estimator="information_imbalance", n=n, ax=ax)
+table.plot("information_imbalance", ax=ax)

@@ -72,6 +72,7 @@ def compare(
     tokens: Annotated[str, typer.Option(help="all, last, mean, a position, or start:stop.")] = "all",
     skip_first: Annotated[int, typer.Option(help="Tokens at the start of each text that never count.")] = 1,
     max_norm: Annotated[float, typer.Option(help="Leave out rows this many times longer than usual; 0: none.")] = 4.0,
+    rescale: Annotated[str | None, typer.Option(help="clip long rows instead, or unit or standard rows.")] = None,
     mode: Annotated[str, typer.Option(help="robust, or strict as in the papers.")] = "robust",
     null: Annotated[int, typer.Option(help="Permutations that show what unrelated layers score.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for scores.json, report.html and pictures.")] = Path("out"),
@@ -93,6 +94,7 @@ def compare(
     if save_rows is not None:
         one_at_a_time = _require_one_model(models, save_rows, one_at_a_time)
     rows: Any = {"tokens": tokens, "skip_first": skip_first, "max_norm": max_norm or None, "mode": mode, "null": null}
+    rows["rescale"] = rescale
     reading: Any = {"batch_size": batch_size, "max_length": max_length, "unit": unit, "timeout": timeout}
     loading: Any = {"dtype": dtype, "one_at_a_time": one_at_a_time, "progress": not quiet, "layers": layers}
     names = [name.strip() for name in estimators.split(",") if name.strip()]

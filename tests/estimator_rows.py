@@ -23,7 +23,6 @@ class Row:
         options: Constructor arguments under which a stream of several updates is the exact value.
         unaffected: Changes that are not declared and keep this score all the same, with no promise.
         shift: Offset, in standard deviations, that costs no digits.
-        bank: Whether rows are kept, so that results are the same to the bit in any order.
         targets: Targets of n rows, where attributes with any values will not do.
         ordered: Rows that belong together must come in order.
         columns: Which columns of the targets each key reads; all by default.
@@ -124,7 +123,7 @@ def jaccard(x, y):
 def rank_similarity(x, y):
     common = common_neighbours(x, y)
     a, b = (torch.cdist(z, z).argsort(1).argsort(1).double() for z in (x, y))
-    harmonic = torch.cat([torch.ones(1), (1 / torch.arange(1.0, 11)).double().cumsum(0)]).double()
+    harmonic = torch.cat([torch.ones(1), (1 / torch.arange(1, 11).double()).cumsum(0)])
     terms = common * 2 / ((1 + (a - b).abs()) * (a + b).clamp(min=1))
     return (terms.sum(1) / harmonic[common.sum(1).long()]).mean()
 
@@ -233,7 +232,7 @@ def r_squared(x, y):
 
 def gulp_distance(x, y, ridge=1e-2):
     x, y = (centred(z) / centred(z).norm() for z in (x, y))
-    hats = [z @ torch.linalg.inv(z.T @ z + ridge * torch.eye(z.shape[1])) @ z.T for z in (x, y)]
+    hats = [z @ torch.linalg.inv(z.T @ z + ridge * torch.eye(z.shape[1], dtype=z.dtype)) @ z.T for z in (x, y)]
     return (hats[0] - hats[1]).norm()
 
 

@@ -114,6 +114,7 @@ def test_options_reach_the_comparison(run: Run, root: Path, tmp_path: Path) -> N
         "--tokens": "1:3",
         "--skip-first": 2,
         "--max-norm": 0,
+        "--rescale": "standard",
         "--limit": 20,
         "--batch-size": 6,
         "--max-length": 50,
@@ -125,7 +126,11 @@ def test_options_reach_the_comparison(run: Run, root: Path, tmp_path: Path) -> N
     assert result.code == 0 and "cka: NaN for 'base" in result.err
     table = ScoreTable.from_json(tmp_path / "scores.json")
     assert table.layers() == ("model.layers.0", "model.layers.2") and table.blocks[0].n == 20
-    assert table.meta["max_norm"] is None and table.meta["checkpoints"]["base"]["dtype"] == ["float64"]
+    assert (
+        table.meta["max_norm"] is None
+        and table.meta["rescale"] == "standard"
+        and table.meta["checkpoints"]["base"]["dtype"] == ["float64"]
+    )
     wanted = compare_layers(
         {"base": root / "base"},
         LINES[:20],
@@ -133,6 +138,7 @@ def test_options_reach_the_comparison(run: Run, root: Path, tmp_path: Path) -> N
         tokens="1:3",
         skip_first=2,
         max_norm=None,
+        rescale="standard",
         batch_size=6,
         dtype="float64",
         progress=False,
@@ -243,6 +249,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "tokens": (["{base}", "--tokens", "lats"], "unknown token selection 'lats'; did you mean 'last'"),
     "skip": (["{base}", "--skip-first", "-1"], "skip_first counts tokens.*got -1"),
     "norm": (["{base}", "--max-norm", "0.5"], "max_norm.*got 0.5"),
+    "rescale": (["{base}", "--rescale", "units"], "unknown rescale 'units'; did you mean 'unit'"),
     "limit": (["{base}", "--limit", "0"], "got limit=0"),
     "batch size": (["{base}", "--batch-size", "0"], "got batch_size=0"),
     "dtype": (["{base}", "--dtype", "float33"], "unknown dtype 'float33'"),

@@ -181,14 +181,14 @@ class TestValues:
             return
         layers, found = rows(), score(name, rows())
         if kind == "pair":
-            expected = torch.as_tensor([[float(reference(a, b)) for b in layers] for a in layers])
+            expected = torch.tensor([[float(reference(a, b)) for b in layers] for a in layers], dtype=torch.float64)
             off = ~torch.eye(len(layers), dtype=torch.bool)
-            found, expected = found[off], expected[off].double()
+            found, expected = found[off], expected[off]
         elif kind == "layer":
-            expected = torch.as_tensor([float(reference(x)) for x in layers]).double()
+            expected = torch.tensor([float(reference(x)) for x in layers], dtype=torch.float64)
         else:
             expected = torch.stack([torch.as_tensor(reference(x, targets(name))) for x in layers]).double()
-        torch.testing.assert_close(found, expected, rtol=2e-7, atol=1e-9)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
     @pytest.mark.parametrize("shift", [0.0, 1.0])
     def test_float32_agrees_with_float64_at_any_offset(self, name, shift):
@@ -201,6 +201,12 @@ class TestValues:
     def test_half_precision_is_computed_in_more(self, name, kind):
         layers = rows(kind=kind)
         close(score(name, layers), score(name, [x.float() for x in layers]), 1e-4)
+
+    def test_layers_of_several_dtypes_are_promoted(self, name):
+        layers = [x.to(kind) for x, kind in zip(rows(), (torch.bfloat16, torch.float64, torch.float32), strict=True)]
+        found = score(name, layers)
+        assert found.dtype == torch.float64
+        close(found, score(name, [x.double() for x in layers]), 1e-4)
 
     def test_bounds_hold(self, name):
         low, high = class_of(name).spec.bounds
@@ -230,6 +236,43 @@ class TestValues:
         found = score(name, [x.to(device) for x in rows()], targets(name).to(device))
         assert found.device.type == device
         close(found.cpu(), score(name, rows(), targets(name)), 1e-8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestStreamingForm:
+    """What a name stands for in a stream: minibatches, the robust mode."""
+
+    @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
+    def test_merged_in_any_order_and_grouping_is_streamed_in_the_same_portions(self, name, order):
+        if row_of(name).ordered:
+            return
+        estimator = streaming(name)
+        batch = batch_of(estimator, rows())
+        streamed = estimator.init(batch)
+        for start in range(0, N, 20):
+            streamed = estimator.update(streamed, batch.select(slice(start, start + 20)))
+        a, b, c = (states(estimator, batch, [20, 40])[place] for place in order)
+        expected = estimator.score(streamed)["score"]
+        assert not expected.isnan().all()
+        for merged in (a.merge(b).merge(c), a.merge(b.merge(c))):
+            close(estimator.score(merged)["score"], expected, 1e-9)
+
+    def test_declared_properties_hold_here_too(self, name):
+        estimator = streaming(name)
+
+        def values(layers):
+            batch = batch_of(estimator, layers, targets(name) if estimator.target_keys else None)
+            return estimator.score(estimator.update(estimator.init(batch), batch))["score"]
+
+        before = values(rows())
+        if estimator.spec.kind == "pair" and estimator.spec.symmetric:
+            close(before, before.mT, 1e-9)
+        for change in estimator.spec.invariant_to:
+            close(values([_changed(x, change) for x in rows()]), before, 1e-7)
+
+
+def streaming(name):
+    return registry.streaming(name) if name != "foreign_spread" else build(name)
 
 
 def _shifted(offset):
@@ -298,6 +341,16 @@ class TestDegenerate:
         assert not found[1].isinf().any()
         keep = (0, 2) if class_of(name).spec.kind == "pair" else (0,)
         close(found[keep], clean[keep], 1e-9)
+
+    def test_a_layer_may_repeat_its_rows_and_says_how_often(self, name):
+        layers = rows()
+        layers[1] = layers[1][torch.arange(N) % 30]
+        estimator = build(name)
+        batch = batch_of(estimator, layers)
+        found = estimator.score(estimator.update(estimator.init(batch), batch))
+        assert not found["score"].isinf().any()
+        if "duplicates" in found.keys():
+            assert found["duplicates"].tolist() == [0, 30, 0]
 
     def test_repeated_rows_give_a_finite_score(self, name):
         layers = [torch.cat([x, x[:20]]) for x in rows()]

@@ -30,6 +30,7 @@ from tdprobe.latent.scoring_options import DEFAULT_MAX_NORM, DEFAULT_PORTION, ch
 from tdprobe.registry import Mode
 from tdprobe.stats.sync import DEFAULT_TIMEOUT
 from tdprobe.stream.outliers import MIN_ROWS
+from tdprobe.stream.rescale import check_rescale
 from tdprobe.tables import ScoreTable
 
 
@@ -69,6 +70,7 @@ class LayerComparison:
         reading = {"tokens": tokens, "skip_first": skip_first, "batch_size": batch_size, "max_length": max_length}
         self._reading = Reading(self.checkpoints, layers, **reading)
         self._scoring: dict[str, Any] = {"portion": rows_per_update, "max_norm": max_norm, **check_scoring(scoring)}
+        check_rescale(self._scoring["rescale"], max_norm)
         self._pool, self._banks = Pool(self._scorer), Banks(bank_size)
         self.ranks = Ranks.here(distributed, timeout)
         sharing = Sharing(self.ranks, parts) if parts is not None or self.ranks.world > 1 else None
@@ -200,7 +202,7 @@ class LayerComparison:
 
     def _scorer_of_banks(self) -> tuple[Scorer, int]:
         batch, left_out = self._banks.joined()
-        scorer = self._scorer(portion=max(batch.n, MIN_ROWS))
+        scorer = self._scorer(portion=max(batch.n, MIN_ROWS), whole=True)
         scorer.push(batch)
         return scorer, left_out
 

@@ -67,6 +67,10 @@ class Estimator(TensorDictModuleBase, ABC):
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         """Pick the value of each out key from the scores of a one-shot call."""
 
+    def at_hand(self) -> tuple[Statistic, ...]:
+        """Return all statistics from which the score of rows that come in one update is the same."""
+        return (self.statistic(),)
+
     def _one_shot(self, batch: Batch) -> Statistic:
         """Return the statistic for rows that are all at hand; override where another one is cheaper."""
         return self.statistic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import Estimator
 from tdprobe.stats.hashing import mix64
+from tdprobe.stats.routes import cheapest
 from tdprobe.stats.state import State, Statistic
 from tdprobe.stream.batch import Batch
 
@@ -88,30 +89,66 @@ def _without(parts: list[State], others: State | None) -> Iterator[State]:
         yield from _without(half, outside if others is None else others.merge(outside))
 
 
-def source_of(estimator: Estimator, batch: Batch, budget: float) -> Source:
-    """Choose the route of an estimator: what it asks for, or something cheaper where that takes too much memory.
+def sources_of(estimators: Mapping[str, Estimator], batch: Batch, budget: float, whole: bool) -> dict[str, Source]:
+    """Choose the route of each estimator.
+
+    Args:
+        estimators: By label.
+        batch: Rows of all layers.
+        budget: Bytes that a state may take.
+        whole: The rows are all there are. Of several routes to one value the one with the least work is taken then; a
+            stream does not know how long it will be.
 
     Raises:
-        ConfigError: Its state is larger than ``budget`` bytes, and there is no cheaper route.
+        ConfigError: A state is larger than ``budget`` bytes, and there is no cheaper route.
     """
-    asked = statistic = estimator.statistic()
-    widths = [x.shape[-1] for x in estimator.inputs(batch)]
+    asked = {label: Source(item.statistic(), item.target_keys) for label, item in estimators.items()}
+    found = {}
+    for label, item in estimators.items():
+        alike = [estimators[other] for other, source in asked.items() if source == asked[label]]
+        widths = [x.shape[-1] for x in item.inputs(batch)]
+        source = with_least_work(asked[label], alike, widths, batch.n, budget) if whole else asked[label]
+        found[label] = _within(budget, source, widths, item.spec.name)
+    return found
+
+
+def with_least_work(
+    source: Source, estimators: Sequence[Estimator], widths: Sequence[int], n: int, budget: float
+) -> Source:
+    """Return the cheapest source for n rows that are all at hand, from which all of some estimators score the same.
+
+    Args:
+        source: What they read so far.
+        estimators: Those that read it.
+        widths: Width of each layer.
+        n: Rows.
+        budget: Bytes that a state may take.
+    """
+    first, *others = [item.at_hand() for item in estimators]
+    common = [route for route in first if all(route in routes for routes in others)]
+    # What memory has made of a route, such as a sketch, gives another value.
+    return replace(source, statistic=cheapest(common, widths, n, budget)) if source.statistic in common else source
+
+
+def _within(budget: float, source: Source, widths: Sequence[int], name: str) -> Source:
+    """Take something cheaper where a state takes too much memory."""
+    asked = statistic = source.statistic
     while (size := statistic.nbytes(widths)) > budget:
         cheaper = statistic.cheaper()
         if cheaper is None:
             raise ConfigError(
-                f"{estimator.spec.name} by {statistic.route} would keep {size / 2**30:.3g} GiB for {len(widths)} "
+                f"{name} by {statistic.route} would keep {size / 2**30:.3g} GiB for {len(widths)} "
                 f"layers of up to {max(widths)} columns, and memory_budget is {budget / 2**30:.3g} GiB; score fewer "
                 "layers, use a route with a smaller state (a bank of rows, or minibatches), or raise memory_budget"
             )
         statistic = cheaper
     if statistic is not asked:
         warnings.warn(
-            f"{estimator.spec.name} by {asked.route} would keep {asked.nbytes(widths) / 2**30:.3g} GiB, and "
+            f"{name} by {asked.route} would keep {asked.nbytes(widths) / 2**30:.3g} GiB, and "
             f"memory_budget is {budget / 2**30:.3g} GiB; it takes the route {statistic.route!r} instead",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Source(statistic, estimator.target_keys)
+    return replace(source, statistic=statistic)
 
 
 def empty_groups(source: Source, widths: Sequence[int], groups: int) -> GroupedState:

@@ -14,7 +14,14 @@ from torch import Tensor
 from tdprobe.errors import ConfigError, StateError
 from tdprobe.estimator import Estimator, not_finite, warn_not_finite
 from tdprobe.latent.group_errors import score_groups
-from tdprobe.latent.kept_states import GroupedState, Source, empty_groups, source_of, with_rows
+from tdprobe.latent.kept_states import (
+    GroupedState,
+    Source,
+    empty_groups,
+    sources_of,
+    with_least_work,
+    with_rows,
+)
 from tdprobe.latent.permutation_null import Null, compare_with_null, permutation_null
 from tdprobe.latent.score_blocks import Scored
 from tdprobe.latent.scoring_options import (
@@ -30,7 +37,8 @@ from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
 from tdprobe.stream.buffer import RowBuffer
-from tdprobe.stream.outliers import MIN_ROWS, check_max_norm, without_outliers
+from tdprobe.stream.outliers import MIN_ROWS
+from tdprobe.stream.rescale import Rescale, check_rescale, selected
 
 # Null scores come from a bank: a stream cannot be shuffled.
 NULL_SOURCE = Source(Reservoir())
@@ -44,9 +52,11 @@ class Scorer:
         estimators: By label.
         portion: Rows per update, 8 or more.
         max_norm: Rows longer than this many median lengths are left out; ``None`` keeps all.
+        rescale: How rows are scaled first, see `selected`.
         groups: Groups of rows for standard errors; 0 for none.
         null: Permutations for null scores of pairs; 0 for none.
         memory_budget: Bytes that the state of a statistic may take.
+        whole: The first batch will be the only one: of several routes to one value the cheapest is taken.
         routes: What each estimator reads; by default what it asks for, or cheaper where memory is short.
         n: Rows seen so far, with those that are left out.
     """
@@ -57,6 +67,8 @@ class Scorer:
     groups: int = DEFAULT_GROUPS
     null: int = 0
     memory_budget: float = DEFAULT_MEMORY
+    rescale: Rescale | None = None
+    whole: bool = False
     routes: Mapping[str, Source] | None = None
     layers: tuple[str, ...] = ()
     n: int = 0
@@ -68,7 +80,7 @@ class Scorer:
     _buffer: RowBuffer = field(init=False)
 
     def __post_init__(self) -> None:
-        check_max_norm(self.max_norm)
+        check_rescale(self.rescale, self.max_norm)
         check_portion(self.portion)
         check_scoring({"groups": self.groups, "null": self.null, "memory_budget": self.memory_budget})
         self._buffer = RowBuffer(self.portion)
@@ -85,8 +97,7 @@ class Scorer:
         if not self._sources:
             self._begin(batch)
         self._buffer.push(batch)
-        self.layers = self.layers or tuple(batch.rows)
-        self.n += batch.n
+        self.layers, self.n = self.layers or tuple(batch.rows), self.n + batch.n
         for portion in self._buffer.portions():
             kept = self._ordinary(portion)
             # An update that is interrupted leaves everything as it was, and the next one makes up for it.
@@ -103,14 +114,11 @@ class Scorer:
         self._buffer.clear()
 
     def _begin(self, batch: Batch) -> None:
-        sources = dict(self.routes) if self.routes is not None else self._chosen(batch)
+        sources = dict(self.routes or sources_of(self.estimators, batch, self.memory_budget, self.whole))
         widths = [x.shape[-1] for x in batch.rows.values()]
         wanted = [*sources.values(), *([NULL_SOURCE] if self.null else [])]
         self._states = {source: empty_groups(source, widths, self.groups) for source in dict.fromkeys(wanted)}
         self._sources = sources
-
-    def _chosen(self, batch: Batch) -> dict[str, Source]:
-        return {label: source_of(item, batch, self.memory_budget) for label, item in self.estimators.items()}
 
     @property
     def n_dropped(self) -> int:
@@ -172,19 +180,22 @@ class Scorer:
 
     def _nulls(self, scored: Mapping[str, Scored]) -> Iterator[tuple[str, Null]]:
         bank: Any = self.kept([NULL_SOURCE])[NULL_SOURCE].total()
+        widths = [x.shape[-1] for x in layer_list(bank.rows)]
         for source, named in self._readers().items():
             pairs = {label: item for label, item in named.items() if item.spec.kind == "pair" and label in scored}
             if not pairs:
                 continue
-            chunk = source.most_layers([x.shape[-1] for x in layer_list(bank.rows)], self.memory_budget) // 2
-            drawn = permutation_null(bank, self.null, partial(self._scored_alike, pairs, source), max(1, chunk))
+            route = with_least_work(source, list(pairs.values()), widths * 2, len(bank.ids), self.memory_budget)
+            portion = self.portion if route == source else len(bank.ids)
+            chunk = route.most_layers(widths, self.memory_budget) // 2
+            drawn = permutation_null(bank, self.null, partial(self._scored_by, pairs, route, portion), max(1, chunk))
             for label, item in pairs.items():
                 yield label, compare_with_null(scored[label].score, drawn[label], item.spec)
 
-    def _scored_alike(self, estimators: Mapping[str, Estimator], source: Source, batch: Batch) -> dict[str, Tensor]:
-        """Score other rows by the same route."""
-        portion = min(self.portion, max(batch.n, MIN_ROWS))
-        scorer = Scorer(estimators, portion, None, 0, 0, routes=dict.fromkeys(estimators, source))
+    def _scored_by(self, named: Mapping[str, Any], source: Source, portion: int, batch: Batch) -> dict[str, Tensor]:
+        """Score other rows by the same route, or by a cheaper one to the same values."""
+        portion = min(portion, max(batch.n, MIN_ROWS))
+        scorer = Scorer(named, portion, None, 0, 0, routes=dict.fromkeys(named, source))
         scorer.push(batch)
         with warnings.catch_warnings():
             # What there is to say has been said of the rows as they are, once.
@@ -207,7 +218,12 @@ class Scorer:
             "rows_per_update": self.portion,
         }
         # Rows that repeat an earlier one, by layer, which estimators of neighbours count; estimators without a score.
-        more = {"permutations": self.null, "duplicates": self._duplicates, "left_out": self._left_out}
+        more = {
+            "permutations": self.null,
+            "duplicates": self._duplicates,
+            "left_out": self._left_out,
+            "rescale": self.rescale,
+        }
         return facts | {name: value for name, value in more.items() if value}
 
     def kept(self, sources: Iterable[Source] | None = None) -> dict[Source, GroupedState]:
@@ -228,7 +244,7 @@ class Scorer:
         return self._ordinary(self._buffer.rest()) if self._buffer.n else None
 
     def _ordinary(self, batch: Batch) -> Batch | None:
-        kept = without_outliers(batch, self.max_norm)
+        kept = selected(batch, self.max_norm, self.rescale)
         # Too few to be worth an update of their own; without any other rows, the estimator will say so.
         begun = any(held.filled for held in self._states.values())
         return None if kept.n < MIN_ROWS and (begun or not kept.n) else kept

@@ -21,7 +21,7 @@ from tdprobe.latent.scoring_options import (
 )
 from tdprobe.registry import Mode
 from tdprobe.stream.batch import Batch
-from tdprobe.stream.outliers import check_max_norm
+from tdprobe.stream.rescale import Rescale, check_rescale
 from tdprobe.stream.tokens import tokens_text
 from tdprobe.tables import ScoreTable
 
@@ -110,6 +110,9 @@ class LayerScoring(LayerStreaming):
             only.
         max_norm: Rows longer than this many median row lengths in any layer are left out of all; ``None``
             keeps them.
+        rescale: ``"clip"`` shortens such rows to that length, in the layers where they are longer, instead of leaving
+            them out; ``"unit"`` brings every row to length 1, ``"standard"`` to mean 0 and variance 1 over its columns,
+            as a layer norm does. Standardising columns would take statistics that a stream does not have.
         early_stop: End calls of the hooked module after the last layer.
         required: A pattern that matches nothing, or layers that never run, are errors.
         name: What the table calls the model.
@@ -152,6 +155,7 @@ class LayerScoring(LayerStreaming):
         skip_first: int = 1,
         rows_per_update: int = DEFAULT_PORTION,
         max_norm: float | None = DEFAULT_MAX_NORM,
+        rescale: Rescale | None = None,
         early_stop: bool = False,
         required: bool = True,
         name: str = "model",
@@ -172,9 +176,9 @@ class LayerScoring(LayerStreaming):
             required=required,
             additional_keys=list(dict.fromkeys(read)) if additional_keys is None else additional_keys,
         )
-        check_max_norm(max_norm)
         check_portion(rows_per_update)
-        options = {"groups": groups, "null": null, "memory_budget": memory_budget}
+        check_rescale(rescale, max_norm)
+        options = {"groups": groups, "null": null, "memory_budget": memory_budget, "rescale": rescale}
         self.scoring: dict[str, Any] = {"portion": rows_per_update, "max_norm": max_norm, **check_scoring(options)}
         self.mode = mode
         self.name = name

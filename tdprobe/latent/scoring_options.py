@@ -28,12 +28,12 @@ def check_portion(portion: Any) -> None:
 
 
 def check_scoring(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options for errors, nulls and memory, with their defaults.
+    """Return the options for errors, nulls, memory and the scale of rows, with their defaults.
 
     Raises:
         ConfigError: ``groups`` is neither 0 nor an int from 3 on, ``null`` is no int from 0 on, or another name.
     """
-    found = {"groups": DEFAULT_GROUPS, "null": 0, "memory_budget": DEFAULT_MEMORY}
+    found: dict[str, Any] = {"groups": DEFAULT_GROUPS, "null": 0, "memory_budget": DEFAULT_MEMORY, "rescale": None}
     for name in options:
         if name not in found:
             raise CallError(unknown("argument", name, found))

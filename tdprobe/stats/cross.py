@@ -64,6 +64,11 @@ class Cross(Statistic):
         """Say what is kept."""
         return "cross-covariances" + (f", sketched to {self.sketch} columns" if self.sketch else "")
 
+    def work(self, widths: Sequence[int], n: int) -> float:
+        """Count the products of all pairs of columns of two layers, or of one."""
+        columns = [self._columns(width) for width in widths]
+        return n * (sum(columns) ** 2 + sum(k * k for k in columns)) / 2
+
     def cheaper(self) -> Cross | None:
         """Return the same with a sketch."""
         return replace(self, sketch=SKETCH) if self.sketch is None else None

@@ -69,6 +69,7 @@ class Gram(Statistic):
 
     Args:
         unbiased: Add n times HSIC_1 of each update (n >= 4); otherwise ``<K_i, K_j>`` of the centred Grams.
+        whole: Say that all rows come in one update, so that tables tell the exact value from that of minibatches.
 
     Example:
         >>> x = torch.randn(64, 8)
@@ -83,11 +84,16 @@ class Gram(Statistic):
 
     name: ClassVar[str] = "gram"
     unbiased: bool = True
+    whole: bool = False
 
     @property
     def route(self) -> str:
-        """Say that rows meet those of their own update only."""
-        return "minibatch Grams"
+        """Say which rows meet."""
+        return "Grams of all rows" if self.whole else "minibatch Grams"
+
+    def work(self, widths: Sequence[int], n: int) -> float:
+        """Count the products of one update: half of the Gram of each layer, and all pairs of these."""
+        return n * n * (sum(widths) + len(widths) ** 2) / 2
 
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> GramState:
         """Return zero sums for the layers of ``rows``."""

@@ -81,6 +81,18 @@ class Statistic(ABC):
         """
         return 0
 
+    def work(self, widths: Sequence[int], n: int) -> float:
+        """Return about how many multiplications n rows take; wanted where several statistics give one value.
+
+        Args:
+            widths: Width of each layer.
+            n: Rows.
+
+        Raises:
+            NotImplementedError: It does not say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how much work it takes")
+
     def cheaper(self) -> Statistic | None:
         """Return what to use instead where a state would be too large; ``None`` where there is nothing."""
         return None

@@ -51,7 +51,7 @@ def without_outliers(batch: Batch, max_norm: float | None) -> Batch:
     """
     if max_norm is None or batch.n < MIN_ROWS:
         return batch
-    table = torch.stack([_lengths(rows) for rows in batch.rows.values()])
+    table = torch.stack([row_lengths(rows) for rows in batch.rows.values()])
     median = table.nanmedian(1, keepdim=True).values
     # A layer that is silent for most samples has no typical length.
     outlying = ((table > max_norm * median) & (median > 0) & table.isfinite()).any(0)
@@ -60,7 +60,8 @@ def without_outliers(batch: Batch, max_norm: float | None) -> Batch:
     return batch.select((~outlying).nonzero()[:, 0])
 
 
-def _lengths(rows: Tensor) -> Tensor:
+def row_lengths(rows: Tensor) -> Tensor:
+    """Return the length of each row, float64."""
     rows = rows if rows.is_floating_point() else rows.abs().float()
     wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
     lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)

@@ -56,7 +56,7 @@ def mle(x, k=20, combine="pooled"):
     return {
         "pooled": lambda: len(inverse) / sum(inverse),
         "average": lambda: sum(1 / value for value in inverse) / len(inverse),
-        "median": lambda: sorted(1 / value for value in inverse)[(len(inverse) - 1) // 2],
+        "median": lambda: float(np.median([1 / value if value else math.inf for value in inverse])),
     }[combine]()
 
 

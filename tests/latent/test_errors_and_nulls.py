@@ -8,15 +8,16 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from tdprobe import registry
+from tdprobe import compare_layers, registry
 from tdprobe.errors import CallError, ConfigError, MissingKeyError
 from tdprobe.estimator import LayerEstimator, SupervisedEstimator
-from tdprobe.latent import CkaEstimator, LayerScoring
+from tdprobe.latent import CkaEstimator, LayerScoring, ProcrustesEstimator
 from tdprobe.latent.estimator_list import resolve_estimators
-from tdprobe.latent.kept_states import GroupedState
+from tdprobe.latent.kept_states import GroupedState, Source, with_least_work
 from tdprobe.latent.scorer import Scorer
 from tdprobe.registry import Spec
-from tdprobe.stats import Cross, Moments, Reservoir, layer_list
+from tdprobe.stats import Cross, Gram, Moments, Reservoir, layer_list
+from tdprobe.stats.routes import cheapest
 from tdprobe.stream.batch import Batch
 from tdprobe.tables import ScoreTable
 
@@ -123,7 +124,8 @@ class TestStandardErrors:
                 # Whole batches at once: every portion is then the same in both orders.
                 scoring._buffer.reserve = 0
                 scoring.push(part.select(slice(10)))
-        torch.testing.assert_close(first.scored()["cka"].se, second.scored()["cka"].se, rtol=1e-9, atol=0)
+        # Of a layer with itself the error is 0, up to rounding.
+        torch.testing.assert_close(first.scored()["cka"].se, second.scored()["cka"].se, rtol=1e-9, atol=1e-12)
 
     def test_a_state_that_is_too_large_is_kept_once(self, monkeypatch):
         monkeypatch.setattr("tdprobe.latent.kept_states.GROUP_BUDGET", 1000)
@@ -177,6 +179,56 @@ class TestRoutes:
             "bank of 4096 rows",
             "cross-covariances",
         ]
+
+    # Cross products of 12 columns take 108 n multiplications, Grams of two layers 8 n^2.
+    @pytest.mark.parametrize("unbiased", [False, True])
+    @pytest.mark.parametrize(("n", "route"), [(13, "Grams of all rows"), (14, "cross-covariances")])
+    def test_of_rows_that_are_all_there_the_cheaper_route_is_taken_and_the_value_is_one(self, n, route, unbiased):
+        rows = {"a": normal(n, 6), "b": normal(n, 6, seed=1)}
+        estimator = CkaEstimator(unbiased=unbiased)
+        found = push(scorer(estimator, portion=n, whole=True), rows, size=n).scored()["cka"]
+        stream = push(scorer(estimator, portion=8), rows, size=n).scored()["cka"]
+        assert found.route == route and stream.route == "cross-covariances"
+        torch.testing.assert_close(found.score, stream.score, rtol=1e-9, atol=1e-12)
+        one = estimator(TensorDict({"data_a": rows["a"], "data_b": rows["b"]}))["cka"]
+        assert float(one) == pytest.approx(float(stream.score[0, 1]), rel=1e-6)
+        assert estimator._one_shot(Batch(rows, IDS[:n])).route == route
+
+    def test_what_another_measure_reads_anyway_is_shared(self):
+        rows = {"a": normal(13, 6), "b": normal(13, 6, seed=1)}
+        scoring = scorer(CkaEstimator(), ProcrustesEstimator(), portion=13, whole=True)
+        found = push(scoring, rows, size=13).scored()
+        assert [item.route for item in found.values()] == ["cross-covariances"] * 2 and len(scoring._states) == 1
+
+    def test_products_that_do_not_fit_are_not_taken_however_little_work_they_are(self):
+        rows = {"a": normal(60, 6), "b": normal(60, 6, seed=1)}
+        found = push(scorer(CkaEstimator(), portion=60, whole=True, memory_budget=500.0), rows, size=60).scored()
+        assert found["cka"].route == "Grams of all rows"
+        exact = push(scorer(CkaEstimator(), portion=60), rows, size=60).scored()["cka"].score
+        torch.testing.assert_close(found["cka"].score, exact, rtol=1e-9, atol=0)
+
+    def test_thirty_wide_layers(self):
+        # 30 layers of 576 columns: 17,280 columns in all, which is about where both take the same work.
+        routes = CkaEstimator().at_hand()
+        assert [cheapest(routes, [576] * 30, n).name for n in (2048, 16384, 20480)] == ["gram", "gram", "cross"]
+        assert cheapest(routes, [576] * 30, 20480, budget=2**30).name == "gram"
+
+    def test_shuffled_rows_are_all_there_and_sketched_ones_stay_sketched(self):
+        exact, sketched = (Source(Cross(sketch=sketch)) for sketch in (None, 4))
+        estimators, widths = [CkaEstimator()], [6] * 4
+        assert with_least_work(exact, estimators, widths, 14, 1e9).statistic == Gram(False, whole=True)
+        assert with_least_work(exact, estimators, widths, 1000, 1e9) == exact
+        assert with_least_work(sketched, estimators, widths, 14, 1e9) == sketched
+        assert with_least_work(exact, [*estimators, ProcrustesEstimator()], widths, 14, 1e9) == exact
+
+    def test_a_comparison_of_samples_says_so(self):
+        torch.manual_seed(0)
+        models = {name: nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for name in "ab"}
+        batches = [torch.randn(12, 6)]
+        options = {"estimators": [CkaEstimator()], "progress": False}
+        found = [compare_layers(models, batches, r"\d", one_at_a_time=one, **options) for one in (True, False)]
+        assert [{row.route for row in table} for table in found] == [{"Grams of all rows"}, {"cross-covariances"}]
+        np.testing.assert_allclose(found[0].cube().values, found[1].cube().values, rtol=1e-5)
 
     def test_a_state_beyond_the_budget_takes_a_cheaper_route_and_says_so(self, monkeypatch):
         monkeypatch.setattr(Cross, "cheaper", lambda self: Reservoir(32))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from neighbor_tools import distances, hard_layers, imbalance, scored
+from neighbor_tools import TIE, distances, hard_layers, imbalance, scored, shared_neighbours
 from tdprobe.latent import InformationImbalanceEstimator
 from tdprobe.latent.representation_similarity.information_imbalance import (
     _as_distance_input_dtype,
@@ -87,6 +88,65 @@ class TestValue:
         a = torch.cat([base, base + 1e-6 * normal(200, 20, seed=1).float()])
         b = torch.cat([normal(200, 3, seed=2)] * 2) + 1e-9 * normal(400, 3, seed=3)
         assert both_ways(a, b)[0].item() == pytest.approx(2 / 400)
+
+
+def shared_ranks(a, b, k):
+    """Average, row by row, the ranks in b of the k nearest rows in a, by their shares."""
+    total, n = 0.0, len(a)
+    for i, (near, row) in enumerate(zip(shared_neighbours(a, k), distances(b), strict=True)):
+        row = row.numpy()
+        others = np.delete(row, i)
+        for j, (share, _) in near.items():
+            nearer, upto = (others < row[j] * (1 - TIE)).sum(), (others <= row[j] * (1 + TIE)).sum()
+            total += share * float(nearer + upto + 1) / 2
+    return 2 / n**2 / k * total
+
+
+class TestSeveralNeighbours:
+    def test_by_hand(self):
+        a, b = torch.tensor([[0.0], [1], [3], [7]]), torch.tensor([[0.0], [10], [1], [3]])
+        # Two nearest in a: 1 and 3, 0 and 3, 1 and 0, 3 and 1; their ranks in b 3 + 1, 3 + 2, 3 + 1 and 1 + 3.
+        assert both_ways(a, b, k=2)[0].item() == pytest.approx(2 / 4 * (4 + 5 + 4 + 4) / 8)
+
+    @pytest.mark.parametrize("k", [2, 3, 10])
+    @pytest.mark.parametrize("name", hard_layers())
+    def test_agrees_with_ranking_row_by_row(self, name, k):
+        a, b = hard_layers(60)[name]
+        n, found = len(a), scored(InformationImbalanceEstimator(k=k), a, b)["score"]
+        assert found.flatten().tolist() == pytest.approx([shared_ranks(x, y, k) for x in (a, b) for y in (a, b)])
+        if name == "ordinary":
+            assert found.diagonal().tolist() == pytest.approx([(k + 1) / n] * 2)
+
+    def test_one_neighbour_by_this_way_is_one_neighbour(self):
+        from tdprobe.stats.neighborhoods import mean_terms
+        from tdprobe.stats.neighbors import Neighbors
+        from tdprobe.stats.ranks_elsewhere import RanksElsewhere
+
+        for a, b in hard_layers().values():
+            table = Neighbors((1, 2), imbalance=True, places=1).of_rows([a, b])
+            score, se = mean_terms(table, 1, RanksElsewhere(1))
+            torch.testing.assert_close(score, table.imbalance, rtol=1e-12, atol=0, equal_nan=True)
+            torch.testing.assert_close(se, table.imbalance_se, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+    def test_more_neighbours_vary_less_from_sample_to_sample(self):
+        x, y = normal(30, 200, 3), normal(30, 200, 3, seed=1)
+        spread = [scored(InformationImbalanceEstimator(k=k), x, x + y)["score"][:, 0, 1].std() for k in (1, 8)]
+        errors = [scored(InformationImbalanceEstimator(k=k), x, x + y)["se"][:, 0, 1].mean() for k in (1, 8)]
+        assert spread[1] < 0.7 * spread[0] and errors[1] < 0.7 * errors[0]
+
+    @pytest.mark.parametrize("options", [{"k": 0}, {"k": True}, {"k": 1.5}, {"k": 2, "p": 1.0}])
+    def test_arguments(self, options):
+        with pytest.raises(ValueError, match=f"got k={options['k']}"):
+            InformationImbalanceEstimator(**options)
+
+    def test_too_few_rows_and_layers_that_are_not_finite(self):
+        with pytest.raises(ValueError, match="got 4 rows; information_imbalance with k=3 needs at least 5"):
+            both_ways(normal(4, 2), normal(4, 2), k=3)
+        bad = normal(3, 20, 2)
+        bad[1, 5, 0] = math.nan
+        found = scored(InformationImbalanceEstimator(k=3), *bad)["score"]
+        assert found[1].isnan().all() and found[:, 1].isnan().all()
+        assert float(found[0, 2]) == pytest.approx(shared_ranks(bad[0], bad[2], 3))
 
 
 class TestTies:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
-from tdprobe.latent.dimension_estimation.neighbor_dimension import NeighborDimension, counted
+from tdprobe.latent.dimension_estimation.neighbor_dimension import NeighborDimension, counted, median
 from tdprobe.registry import Mode, Spec, register
 from tdprobe.stats.distances import TIE
 from tdprobe.stats.neighbors import Neighbors, NeighborTable, as_neighbors
@@ -102,7 +102,7 @@ class CorrelationDimensionEstimator(NeighborDimension):
         for index in product(*map(range, valid.shape[:-1])):
             # All distinct rows, or, where there are too few of them, none.
             if bool(valid[index].any()):
-                radii = torch.stack([_median(table.at(rank)[index][valid[index]]) for rank in (self.k1, self.k2)])
+                radii = torch.stack([median(table.at(rank)[index][valid[index]]) for rank in (self.k1, self.k2)])
                 counts = self._counts(table, index, valid[index].nonzero().squeeze(1), radii)
                 out[(slice(None), *index)] = torch.stack([*_slope(counts, radii), *radii])
         return self._scores(table, score=out[0], se=out[1], radii=out[2:].movedim(0, -1))
@@ -117,12 +117,6 @@ class CorrelationDimensionEstimator(NeighborDimension):
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["score"][..., 0]]
-
-
-def _median(values: Float[Tensor, "m"]) -> Tensor:
-    # Of an even number of values, the mean of the two in the middle.
-    ascending = values.sort().values
-    return (ascending[(len(values) - 1) // 2] + ascending[len(values) // 2]) / 2
 
 
 def _slope(counts: Float[Tensor, "m 2"], radii: Float[Tensor, "2"]) -> tuple[Tensor, Tensor]:

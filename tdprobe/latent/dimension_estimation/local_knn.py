@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.dimension_estimation.neighbor_dimension import SPREAD, NeighborDimension
+from tdprobe.latent.dimension_estimation.neighbor_dimension import SPREAD, NeighborDimension, median
 from tdprobe.registry import Mode, Spec, register
 from tdprobe.stats.neighbors import Neighbors, as_neighbors
 
@@ -121,7 +121,7 @@ class LocalKnnDimensionEstimator(NeighborDimension):
         values = torch.where(outer < torch.inf, values, torch.nan)
         counted = values.masked_fill(table.repeated, torch.nan) if self._distinct else values
         # A point whose two distances are equal is infinitely dimensional: NaN by itself, but it has a place.
-        score = counted.nanmedian(-1).values
+        score = median(counted)
         pointwise = values.masked_fill(values.isinf(), torch.nan)[..., table.ids.argsort()]
         points = (~counted.isnan()).sum(-1).double()
         se = SPREAD * math.sqrt(math.pi / 2 / (2 * k + 1)) / math.log(2) * score / points.sqrt()

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError, unknown
-from tdprobe.latent.dimension_estimation.neighbor_dimension import SPREAD, NeighborDimension, counted, suffixed
+from tdprobe.latent.dimension_estimation.neighbor_dimension import (
+    SPREAD,
+    NeighborDimension,
+    counted,
+    median,
+    suffixed,
+)
 from tdprobe.registry import Mode, Spec, register
 from tdprobe.stats.neighbors import Neighbors, as_neighbors
 
@@ -119,7 +125,7 @@ class MleDimensionEstimator(NeighborDimension):
         score = {
             "pooled": lambda: 1 / inverse.nanmean(-1),
             "average": lambda: (1 / inverse).nanmean(-1),
-            "median": lambda: (1 / inverse).nanmedian(-1).values,
+            "median": lambda: median(1 / inverse),
         }[self.combine]()
         # Points at equal distances have no finite dimension.
         return score.masked_fill(score.isinf(), torch.nan)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe._types import Bool
+from tdprobe._types import Bool, Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import LayerEstimator
 from tdprobe.registry import Mode, check_mode
@@ -49,6 +50,13 @@ class NeighborDimension(LayerEstimator):
 def counted(table: NeighborTable, rank: int) -> Bool[Tensor, "*lead l m"]:
     """Tell which rows count: they repeat no earlier one, and have a neighbour of this rank."""
     return ~table.repeated & table.at(rank).isfinite()
+
+
+def median(values: Float[Tensor, "*lead m"]) -> Float[Tensor, "*lead"]:
+    """Return the median of what is not NaN: of an even number of values, the mean of the two in the middle."""
+    ascending, count = values.sort(-1).values, (~values.isnan()).sum(-1, keepdim=True)
+    middle = torch.cat([(count - 1).clamp(min=0) // 2, (count // 2).clamp(max=values.shape[-1] - 1)], -1)
+    return ascending.gather(-1, middle).mean(-1)
 
 
 def suffixed(key: Any, end: str) -> Any:

@@ -18,11 +18,14 @@ from tdprobe.stats.cross_state import CrossState
 from tdprobe.stats.gram import Gram, GramState
 from tdprobe.stats.kernels import Kernel, Kernels, KernelTable, as_kernels
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
+from tdprobe.stats.routes import cheapest
 from tdprobe.stats.state import Statistic
 from tdprobe.stream.batch import Batch
 
 KERNELS = ("linear", "rbf")
 BANK = 4096
+# Bytes that are never too many for a state.
+SMALL = 2**28
 
 
 @register(
@@ -123,12 +126,18 @@ class CkaEstimator(PairEstimator):
             return Reservoir(BANK if self.bank_size is None else self.bank_size)
         return Gram(self._unbiased) if self.minibatch else Cross(self._unbiased)
 
+    def at_hand(self) -> tuple[Statistic, ...]:
+        """Return `Gram` too in place of `Cross`: of rows that all meet in one update it is the exact value."""
+        own = self.statistic()
+        return (Gram(self._unbiased, whole=True), own) if isinstance(own, Cross) else (own,)
+
     def _one_shot(self, batch: Batch) -> Statistic:
         if isinstance(self.statistic(), Reservoir):
             return Reservoir(max(1, batch.n))
-        # All rows in one Gram update are the exact value too, and cheaper where rows are fewer than columns.
-        wide = batch.n < max(x.shape[-1] for x in batch.rows.values())
-        return Gram(self._unbiased) if self.minibatch or wide else Cross(self._unbiased)
+        rows = batch.rows.values()
+        # Products that take more memory than the rows do are not worth their speed.
+        budget = max(SMALL, sum(x.numel() * x.element_size() for x in rows))
+        return cheapest(self.at_hand(), [x.shape[-1] for x in rows], batch.n, budget)
 
     def derivation(self, state: Any) -> Kernels | None:
         """Ask for sums of the kernel over the pairs of rows of a bank."""
@@ -162,7 +171,8 @@ class CkaEstimator(PairEstimator):
 def cka_matrix(rows: Sequence[Tensor], *, unbiased: bool = False) -> Float[Tensor, "l l"]:
     """Compute the exact linear CKA of every pair of layers from rows in memory.
 
-    One Gram per layer in tiles, all pairs by one batched product; no N x N matrix is ever held.
+    One Gram per layer in tiles and all pairs by one batched product, or, of many more rows than columns, their
+    cross-covariances, whichever takes less work (`tdprobe.stats.routes.cheapest`). No N x N matrix is ever held.
 
     Args:
         rows: One tensor per layer, ``(n, d_layer)``; widths may differ, views are fine.
@@ -181,8 +191,9 @@ def cka_matrix(rows: Sequence[Tensor], *, unbiased: bool = False) -> Float[Tenso
     """
     ids = torch.arange(rows[0].shape[0] if rows else 0)
     batch = Batch({f"layer {index}": x for index, x in enumerate(rows)}, ids)
-    estimator = CkaEstimator(unbiased=unbiased, minibatch=True)
-    return estimator.score(estimator.update(estimator.init(batch), batch))["score"]
+    estimator = CkaEstimator(unbiased=unbiased)
+    statistic = estimator._one_shot(batch)
+    return estimator.score(statistic.update(statistic.init(rows, ids), rows, ids))["score"]
 
 
 def _ratio(state: GramState | CrossState, eps: float) -> Float[Tensor, "*lead l l"]:

@@ -13,7 +13,9 @@ from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
 from tdprobe.registry import Mode, Spec, check_mode, register
+from tdprobe.stats.neighborhoods import mean_terms
 from tdprobe.stats.neighbors import Neighbors, as_neighbors
+from tdprobe.stats.ranks_elsewhere import RanksElsewhere
 from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import Statistic
 from tdprobe.stream.batch import Batch
@@ -41,9 +43,12 @@ class InformationImbalanceEstimator(PairEstimator):
     ``r_B`` its rank among the neighbours of i in B, from 1 to n - 1. ``2 / n``, its minimum, says that A knows all
     about the neighbourhoods of B; 1 that it knows nothing. The two directions differ.
 
-    Tied neighbours count alike: the mean is taken over all nearest rows of A, and a tied rank in B is the mean of
-    the tied places. So the order of rows never matters; a constant layer scores 1 from and to all others. A layer
-    with NaN or infinite values scores NaN.
+    With ``k > 1`` the mean is taken over the k nearest neighbours of each row in A, which varies less from sample to
+    sample and looks at a larger scale; the minimum is ``(k + 1) / n``.
+
+    Tied neighbours count alike: the mean is taken over all nearest rows of A, where they are more than the places that
+    are left for them each by an equal share, and a tied rank in B is the mean of the tied places. So the order of rows
+    never matters; a constant layer scores 1 from and to all others. A layer with NaN or infinite values scores NaN.
 
     Args:
         in_key_a: Key of ``(*lead, n, d_a)``.
@@ -51,11 +56,12 @@ class InformationImbalanceEstimator(PairEstimator):
         out_key_a_to_b: Key to write, ``(*lead,)`` float32.
         out_key_b_to_a: Key to write, ``(*lead,)`` float32.
         p: Order of the norm, from 0 (number of unequal columns) to infinity.
+        k: Neighbours in A, 1 or more; more than one with ``p=2`` only.
         bank_size: Rows to keep of a stream; a one-shot call uses all.
         mode: ``"strict"`` or ``"robust"``; they agree: ties are shared in both.
 
     Raises:
-        ConfigError: A bad key or mode, or a negative ``p``.
+        ConfigError: A bad key or mode, a negative ``p``, ``k`` below 1, or above 1 with another norm.
 
     Example:
         >>> x = torch.arange(10.0).square().unsqueeze(1)
@@ -75,13 +81,20 @@ class InformationImbalanceEstimator(PairEstimator):
         out_key_b_to_a: Any = "information_imbalance_b_to_a",
         p: float = 2.0,
         *,
+        k: int = 1,
         bank_size: int = 4096,
         mode: Mode = "strict",
     ) -> None:
         super().__init__([in_key_a, in_key_b], [out_key_a_to_b, out_key_b_to_a])
         if not p >= 0:
             raise ConfigError(f"got p={p!r}; allowed are orders of a norm from 0 to infinity")
-        self.in_key_a, self.in_key_b, self.p, self.bank_size = in_key_a, in_key_b, p, bank_size
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ConfigError(f"got k={k!r}; allowed are integers from 1 on")
+        if k > 1 and p != 2:
+            raise ConfigError(
+                f"got k={k} and p={p!r}; several neighbours are found for p=2 only: leave one of the two out"
+            )
+        self.in_key_a, self.in_key_b, self.p, self.k, self.bank_size = in_key_a, in_key_b, p, k, bank_size
         self.mode = check_mode(mode)
         self.out_key_a_to_b, self.out_key_b_to_a = out_key_a_to_b, out_key_b_to_a
 
@@ -93,8 +106,10 @@ class InformationImbalanceEstimator(PairEstimator):
         return Reservoir(max(1, batch.n))
 
     def derivation(self, state: Any) -> Neighbors:
-        """Ask for the ranks of nearest neighbours in all other layers."""
-        return Neighbors(imbalance=True, p=float(self.p))
+        """Ask for the ranks of nearest neighbours in all other layers, or, for several, which they are."""
+        if self.k == 1:
+            return Neighbors(imbalance=True, p=float(self.p))
+        return Neighbors(tuple(range(1, self.k + 2)), places=self.k)
 
     def score(self, state: Any) -> TensorDict:
         """Compute the imbalance of all layer pairs.
@@ -107,13 +122,18 @@ class InformationImbalanceEstimator(PairEstimator):
             ``(*lead, l, l)`` float64; ``"duplicates"`` and ``"finite"``.
 
         Raises:
-            ConfigError: Fewer than 2 rows.
+            ConfigError: Fewer than 2 rows, or than k + 2 where k is above 1.
         """
-        if int(state.n) < LEAST:
-            raise ConfigError(f"got {int(state.n)} rows; information_imbalance needs at least {LEAST} samples")
+        least = LEAST if self.k == 1 else self.k + 2
+        if int(state.n) < least:
+            why = f" with k={self.k}" * (self.k > 1)
+            raise ConfigError(f"got {int(state.n)} rows; information_imbalance{why} needs at least {least} samples")
         table = as_neighbors(state, self.derivation(state))
         facts = {"duplicates": table.duplicates, "finite": table.finite}
-        return TensorDict({"score": table.imbalance, "se": table.imbalance_se, **facts})
+        if self.k == 1:
+            return TensorDict({"score": table.imbalance, "se": table.imbalance_se, **facts})
+        score, se = mean_terms(table, self.k, RanksElsewhere(self.k))
+        return TensorDict({"score": score, "se": se, **facts})
 
     def _outputs(self, scores: TensorDict) -> Sequence[Tensor]:
         return [scores["score"][..., 0, 1], scores["score"][..., 1, 0]]
