@@ -67,13 +67,16 @@ class TestRepeatedRows:
     def test_the_table_tells_how_many_repeat(self):
         x = torch.cat([normal(50, 2), normal(50, 2)[:20]])
         y = normal(70, 2, seed=1)
+        with pytest.warns(UserWarning, match="^20 rows of 'data_a' repeat earlier ones"):
+            KsgEstimator()(TensorDict({"data_a": x, "data_b": y}))
         found = scored(KsgEstimator(), x, y)
         assert found["duplicates"].tolist() == [20, 0] and bool(found["score"].isfinite().all())
         model = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Linear(2, 2).double())
         model[1].weight.data = torch.diag(torch.tensor([3.0, -0.1])).double()
         with torch.no_grad(), LayerScoring(r"\d", ["ksg"], max_norm=None).prepare(model) as hooked:
             hooked(x)
-        table = hooked.hooking_context.scores()
+        with pytest.warns(UserWarning, match="20 rows of '0', 20 rows of '1' repeat earlier ones"):
+            table = hooked.hooking_context.scores()
         assert table.meta["duplicates"] == {"0": 20, "1": 20}
         # Another unit for each column: as much as a layer and itself have in common, which is psi(n) - psi(k).
         most = float(torch.tensor(50.0).double().digamma() - torch.tensor(3.0).double().digamma())
