@@ -89,15 +89,16 @@ scores = {name: table.block(name).values.reshape(-1) for name in scoring.estimat
 print(f"{n} tokens of {seen} texts, {len(layers)} layers")
 
 # %%
-# All three counts agree about where variance spreads: little in the embedding, where a few frequent tokens make up most
-# of the rows, more in the layers, and little again in the last one, which has to decide. They do not agree about how
-# much, by a factor of forty in the embedding: RankMe takes roots, and sees hundreds of small directions.
+# Participation ratio and effective rank agree about where variance spreads: little in the embedding, where a few
+# frequent tokens make up most of the rows, more in the layers, and little again in the last one, which has to decide.
+# RankMe says the opposite of the embedding, forty times as much as the participation ratio: it takes roots, and sees
+# hundreds of small directions. Which of them is right depends on whether small directions matter to the question.
 
 depth = np.arange(len(layers))
 fig, (ranks, entropies, bends) = plt.subplots(3, 1, figsize=(7.5, 8.5), layout="constrained", sharex=True)
 for name, color in (("rankme", "#2a6f97"), ("effective_rank", "#d1495b"), ("participation_ratio", "#3a7d44")):
     ranks.semilogy(depth, scores[name], "o-", ms=3.5, color=color, label=name.replace("_", " "))
-ranks.axhline(min(n, 576), color="0.6", lw=1, ls=":", label="columns")
+ranks.axhline(min(n, 576), color="0.6", lw=1, ls=":", label="columns (576)")
 ranks.set_ylabel("directions")
 ranks.legend(frameon=False, ncols=2)
 for name, color in (("entropy", "#d1495b"), ("entropy centred", "#2a6f97")):
@@ -117,4 +118,5 @@ bends.set_xlabel("layer (0: the embedding)")
 # is most of what is seen; their differences keep spreading over as many directions as before.
 #
 # Curvature: the embedding of one token says next to nothing of the next, and its path turns by about 120 degrees, as
-# that of independent tokens does. Layer by layer the model straightens paths until the middle, and then keeps them so.
+# that of independent tokens does. Layer by layer the model straightens paths until the middle, by some six degrees, and
+# then keeps them so.

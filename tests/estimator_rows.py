@@ -167,6 +167,22 @@ def views(n):
     return torch.where(place < 4, place % 2, place // 3 + 10).double().unsqueeze(1)
 
 
+def labels(n):
+    """Number classes by what the first layer knows, and by what nothing knows."""
+    known = torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[:, 0] > 0
+    return torch.stack([known, torch.arange(n) % 3 == 0], 1).double()
+
+
+def ksg(x, y, k=3):
+    """Return the mutual information of rows that all differ, from whole matrices of distances."""
+    x, y = ((z - z.mean(0)) / z.std(0, correction=0) for z in (x, y))
+    far = [torch.cdist(z, z, torch.inf) for z in (x, y)]
+    radius = torch.maximum(*far).kthvalue(k + 1, 1, keepdim=True).values
+    counts = [(z < radius).sum(1).double().digamma().mean() for z in far]
+    n, k = torch.tensor([float(len(x)), float(k)], dtype=torch.float64).digamma()
+    return n + k - counts[0] - counts[1]
+
+
 def texts(n):
     return (torch.arange(n) // 10).double().unsqueeze(1)
 
@@ -319,6 +335,9 @@ ROWS: dict[str, Row] = {
     "dime": Row(None, least=2),
     "lidar": Row(None, least=4, targets=views),
     "noised_information": Row(noised_information, least=1),
+    "v_information": Row(None, least=10, options={"discrete": False}),
+    "mdl": Row(None, least=4, targets=labels),
+    "ksg": Row(ksg, least=4),
     "mig": Row(information_gap, least=4),
     "dmig": Row(None, least=4),
     "dlig": Row(None, least=4),

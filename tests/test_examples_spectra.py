@@ -25,7 +25,7 @@ def test_known_spectra_are_counted_and_layers_are_as_described() -> None:
     assert ((ratio > 1) & (ratio < rank) & (rank < rankme) & (rankme < 576)).all()
     # Little variety in the embedding and in the last layer; RankMe sees forty times as much in the first.
     assert max(ratio[0], ratio[-1]) < ratio[1:-1].min() and max(rank[0], rank[-1]) < rank[1:-1].min()
-    assert 30 < rankme[0] / ratio[0] < 50
+    assert 30 < rankme[0] / ratio[0] < 50 and rankme[0] == rankme.max()
     # What tokens share grows with depth, and their differences stay.
     raw, centred = scores["entropy"], scores["entropy centred"]
     gap = centred - raw

@@ -27,17 +27,10 @@ def compare_layers(
         batches: What each forward gets: tensors, dicts (a tokenizer's encoding), TensorDicts or
             :class:`tdprobe.hf.TextBatch`; or a list of texts, which each checkpoint's own tokenizer reads.
         layers: Pattern of the layers, or one per checkpoint name; ``None`` takes each model's repeated blocks.
-<<<<<<< HEAD
         estimators: Registry names or estimator objects, or a dict from labels to them.
-        **options: ``tokens="all"``, ``skip_first=1``, ``max_norm=4`` and ``rows_per_update=512`` choose the rows
-            as in :class:`tdprobe.latent.LayerScoring`; ``one_at_a_time=None`` loads checkpoints one after the
-            other when they would fill more than half of the free memory, and then compares ``bank_size=4096``
-=======
-        estimators: Registry names or estimator objects.
         **options: ``tokens="all"``, ``skip_first=1``, ``max_norm=4``, ``rescale=None`` and ``rows_per_update=512``
             choose the rows as in :class:`tdprobe.latent.LayerScoring`; ``one_at_a_time=None`` loads checkpoints one
             after the other when they would fill more than half of the free memory, and then compares ``bank_size=4096``
->>>>>>> measures
             sampled rows, the same in all; ``mode="robust"``, ``groups=8``, ``null=0`` and ``memory_budget`` as in
             :class:`tdprobe.latent.LayerScoring`; ``batch_size=16`` and ``max_length=128`` for texts; ``dtype`` and
             ``device`` for loading; ``progress=True``. Where a process group of ``torch.distributed`` is initialised

@@ -1,7 +1,7 @@
 """The contract of every estimator: config that turns a state into scores."""
 
 from tdprobe.estimator.base import Estimator, LayerEstimator, PairEstimator
-from tdprobe.estimator.scores import not_finite, score_all, warn_not_finite
+from tdprobe.estimator.scores import not_finite, repeated_rows, score_all, warn_not_finite, warn_repeated
 from tdprobe.estimator.supervised import SupervisedEstimator
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "PairEstimator",
     "SupervisedEstimator",
     "not_finite",
+    "repeated_rows",
     "score_all",
     "warn_not_finite",
+    "warn_repeated",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import ConfigError, MissingKeyError, closest
-from tdprobe.estimator.scores import not_finite, warn_not_finite
+from tdprobe.estimator.scores import not_finite, repeated_rows, warn_not_finite, warn_repeated
 from tdprobe.registry import Spec
 from tdprobe.stats.state import Derivation, State, Statistic
 from tdprobe.stream.batch import Batch
@@ -120,6 +120,7 @@ class Estimator(TensorDictModuleBase, ABC):
         rows, statistic = self.inputs(batch), self._one_shot(batch)
         scores = self.score(statistic.update(statistic.init(rows, batch.ids), rows, batch.ids))
         warn_not_finite(not_finite(scores, list(batch.rows)))
+        warn_repeated(repeated_rows([scores], list(batch.rows)))
         for key, value in zip(self.out_keys_source, self._outputs(scores), strict=True):
             td.set(key, value.float())
         return td

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,9 @@ from tdprobe.stats.state import Derivation
 
 if TYPE_CHECKING:
     from tdprobe.estimator.base import Estimator
+
+# Layers that a warning names.
+NAMED = 3
 
 
 def score_all(
@@ -91,3 +94,24 @@ def warn_not_finite(layers: Sequence[str]) -> None:
     if layers:
         names = ", ".join(map(repr, layers))
         warnings.warn(f"{names} held NaN or infinite values; scores that involve them are NaN", stacklevel=3)
+
+
+def repeated_rows(scores: Iterable[TensorDict], layers: Sequence[str]) -> dict[str, int]:
+    """Return how many rows of each layer repeat an earlier one, where an estimator counted any."""
+    counts = (one.get("duplicates", None) for one in scores)
+    # Data sets together.
+    totals = (count.reshape(-1, len(layers)).sum(0).tolist() for count in counts if count is not None)
+    return {name: count for total in totals for name, count in zip(layers, total, strict=True) if count}
+
+
+def warn_repeated(counts: Mapping[str, int]) -> None:
+    """Tell how many rows repeat earlier ones: causal models give identical rows for identical prefixes."""
+    if counts:
+        most = sorted(counts, key=lambda name: -counts[name])[:NAMED]
+        others = f" and some of {len(counts) - NAMED} more layers" if len(counts) > NAMED else ""
+        named = ", ".join(f"{counts[name]} rows of {name!r}" for name in most)
+        warnings.warn(
+            f"{named}{others} repeat earlier ones, as rows do after identical prefixes; each measure of neighbours "
+            "says how it counts copies",
+            stacklevel=3,
+        )

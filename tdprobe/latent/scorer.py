@@ -32,7 +32,7 @@ from tdprobe.latent.scoring_options import (
     check_portion,
     check_scoring,
 )
-from tdprobe.latent.unscored import repeated_rows, warn_left_out, warn_nan_layers
+from tdprobe.latent.unscored import count_repeated, warn_left_out, warn_nan_layers
 from tdprobe.stats.reservoir import Reservoir
 from tdprobe.stats.state import State, layer_list
 from tdprobe.stream.batch import Batch
@@ -167,7 +167,7 @@ class Scorer:
         bad = [name for scores in notes.values() for name in not_finite(scores, self.layers)]
         warn_not_finite(list(dict.fromkeys(bad)))
         warn_nan_layers(notes, self.estimators, self.layers)
-        self._duplicates = repeated_rows(notes, self.layers)
+        self._duplicates = count_repeated(notes, self.layers)
         for label, null in self._nulls(dict(found)) if self.null else ():
             found[label] = replace(found[label], null=null)
         return {label: found[label] for label in self.estimators if label in found}

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.estimator import Estimator, not_finite
+from tdprobe.estimator import Estimator, not_finite, repeated_rows, warn_repeated
 
 
 def warn_left_out(failed: Mapping[str, ConfigError], scored: Mapping[str, TensorDict]) -> dict[str, str]:
@@ -63,8 +63,8 @@ def _own(score: Tensor) -> Tensor:
     return torch.full_like(own, torch.nan) if len(others) and others.isnan().all() and not own.isnan().any() else own
 
 
-def repeated_rows(scored: Mapping[str, TensorDict], layers: Sequence[str]) -> dict[str, int]:
-    """Return how many rows of each layer repeat an earlier one, where an estimator counted any."""
-    counts = (scores.get("duplicates", None) for scores in scored.values())
-    pairs = (zip(layers, count.tolist(), strict=True) for count in counts if count is not None)
-    return {name: count for named in pairs for name, count in named if count}
+def count_repeated(scored: Mapping[str, TensorDict], layers: Sequence[str]) -> dict[str, int]:
+    """Return how many rows of each layer repeat an earlier one, where an estimator counted any, and say so."""
+    counts = repeated_rows(scored.values(), layers)
+    warn_repeated(counts)
+    return counts

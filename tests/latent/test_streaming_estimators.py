@@ -164,13 +164,14 @@ class TestTables:
         bad = found["information_imbalance"].isnan()
         assert bad[1].all() and bad[:, 1].all() and int(bad.sum()) == 7
 
-    def test_duplicates_are_counted_in_the_table(self):
+    def test_duplicates_are_counted_in_the_table_and_in_one_warning(self):
         model = nn.Sequential(nn.Identity(), nn.Tanh())
         x = torch.randn(40, 4)
         with LayerScoring(r"[01]$", estimators=NEIGHBOURS).prepare(model) as hooked:
             hooked(torch.cat([x, x[:12]]))
-        table = hooked.hooking_context.scores()
-        assert table.meta["duplicates"] == {"0": 12, "1": 12}
+        with pytest.warns(UserWarning, match="^12 rows of '0', 12 rows of '1' repeat earlier ones") as caught:
+            table = hooked.hooking_context.scores()
+        assert len(caught) == 1 and table.meta["duplicates"] == {"0": 12, "1": 12}
         assert table.matrix("twonn").shape == (2,) and table.matrix("information_imbalance").shape == (2, 2)
         assert np.isfinite(table.matrix("twonn")).all()
 

@@ -8,10 +8,12 @@ from tdprobe.latent.information.entropy import (
     mutual_information_sub_batch,
     square_mahalanobis_distance,
 )
+from tdprobe.latent.information.ksg import KsgEstimator, ksg_mutual_information
 from tdprobe.latent.information.lidar import LidarEstimator
 from tdprobe.latent.information.matrix_entropy import MatrixEntropyEstimator
 from tdprobe.latent.information.matrix_joint_entropy import MatrixJointEntropyEstimator
 from tdprobe.latent.information.matrix_mutual_information import MatrixMutualInformationEstimator
+from tdprobe.latent.information.mdl import Codelength, MdlEstimator, online_codelength
 from tdprobe.latent.information.modules import (
     GaussianMixtureEntropy,
     MutualInformationSubBatch,
@@ -20,25 +22,34 @@ from tdprobe.latent.information.modules import (
 from tdprobe.latent.information.noised_estimator import NoisedInformationEstimator
 from tdprobe.latent.information.noised_information import NoisedInformation
 from tdprobe.latent.information.rankme import RankMeEstimator
+from tdprobe.latent.information.v_information import VInformationEstimator, pointwise_v_information, v_information
 
 __all__ = [
+    "Codelength",
     "CurvatureEstimator",
     "DimeEstimator",
     "GaussianMixtureEntropy",
+    "KsgEstimator",
     "LidarEstimator",
     "MatrixEntropyEstimator",
     "MatrixJointEntropyEstimator",
     "MatrixMutualInformationEstimator",
+    "MdlEstimator",
     "MutualInformationSubBatch",
     "NoisedInformation",
     "NoisedInformationEstimator",
     "RankMeEstimator",
     "SquareMahalanobisDistance",
+    "VInformationEstimator",
     "gaussian_mixture_entropy",
     "info_nce_bound",
     "kolchinsky_tracey_bounds",
+    "ksg_mutual_information",
     "leave_one_out_bound",
     "mutual_information_sub_batch",
+    "online_codelength",
+    "pointwise_v_information",
     "square_mahalanobis_distance",
     "trajectory_curvature",
+    "v_information",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections import UserDict
 
 import pytest
 import torch
@@ -37,6 +39,20 @@ def mixture(size=5, n=3, **options):
     """Return clean, transformed, means, stds and mask with b = 5 points and n = 3 components."""
     means, stds, mask, clean, noisy = batch(size + n, **options)
     return clean[size:], noisy[:size], means[size:], stds[size:], mask[:size]
+
+
+def test_names_order_and_defaults_are_those_of_the_page():
+    def told(function):
+        parameters = inspect.signature(function).parameters.values()
+        plain = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return [p.name for p in plain], {p.name: p.default for p in plain if p.default is not p.empty}
+
+    embeddings = ["clean_embeddings", "transformed_embeddings", "means", "stds", "mask"]
+    assert told(gaussian_mixture_entropy) == ([*embeddings, "losses"], {"losses": None})
+    assert told(square_mahalanobis_distance) == (["x", "y", "stds", "mask"], {})
+    given = ["means_tensor", "stds_tensor", "noise_mask", "clean_input_embeddings", "noisy_input_embeddings"]
+    combine = "combine_noise_masks_for_mutual_information_sub_batches"
+    assert told(mutual_information_sub_batch) == ([*given, combine, "losses"], {combine: True, "losses": None})
 
 
 # Values.
@@ -134,7 +150,7 @@ def test_two_rows_leave_one_component_so_that_both_estimators_agree(seed):
     torch.testing.assert_close(found[0], found[2], **EXACT)
 
 
-@pytest.mark.parametrize("kind", [dict, lambda: TensorDict({}, batch_size=[])])
+@pytest.mark.parametrize("kind", [dict, UserDict, lambda: TensorDict({}, batch_size=[])])
 def test_losses_are_written_over_what_is_there_with_their_graph(kind):
     means, stds, mask, clean, noisy = batch()
     stds.requires_grad_()
@@ -163,6 +179,8 @@ def test_shifts_change_nothing_and_scales_add_their_logarithm(seed, shift, scale
     entropy = gaussian_mixture_entropy(x, y, mu, sigma, keep)
     scaled = gaussian_mixture_entropy(scale * x, scale * y, scale * mu, scale * sigma, keep)
     torch.testing.assert_close(scaled, entropy + 3 * math.log(scale), rtol=1e-10, atol=1e-10)
+    shifted = gaussian_mixture_entropy(x + shift, y + shift, mu, sigma, keep)
+    torch.testing.assert_close(shifted, entropy, rtol=1e-10, atol=1e-10)
 
 
 @few
@@ -200,6 +218,25 @@ def test_garbage_at_masked_positions_changes_neither_value_nor_gradient(bad, com
         assert torch.equal(fine, odd) and bool(odd.isfinite().all())
 
 
+@pytest.mark.parametrize(("estimator", "method"), OPTIONS)
+def test_garbage_that_no_pair_uses_changes_nothing(estimator, method):
+    clean, y, means, stds, _ = mixture()
+    keep = torch.ones(5, 3, 4)
+    # One component is used by no point, and one point uses no component.
+    keep[:, 1, 2], keep[4, :, 0] = 0, 0
+    results = []
+    for bad in (1.0, torch.nan):
+        leaves = [x.clone() for x in (clean, y, means, stds)]
+        for x in (leaves[0], leaves[2], leaves[3]):
+            x[1, 2] = bad
+        leaves[1][4, 0] = bad
+        for x in leaves:
+            x.requires_grad_()
+        found = gaussian_mixture_entropy(*leaves, keep, estimator=estimator, method=method)
+        results.append([found, *torch.autograd.grad(found, leaves)])
+    assert all(torch.equal(fine, odd) and bool(odd.isfinite().all()) for fine, odd in zip(*results, strict=True))
+
+
 def test_appended_padding_changes_nothing():
     given = batch()
     padded = [torch.cat([x, torch.zeros_like(x[:, :2])], 1) for x in given]
@@ -229,7 +266,8 @@ def test_an_empty_mask_is_zero_with_a_live_graph(estimator, method):
         assert found == 0 and all(value == 0 for value in losses.values())
         grads = torch.autograd.grad(found, leaves[:2], allow_unused=True)
         assert all(g is None or bool((g == 0).all()) for g in grads) and grads[1] is not None
-    assert square_mahalanobis_distance(leaves[2], leaves[3], leaves[1], mask & False).grad_fn is not None
+    distance = square_mahalanobis_distance(leaves[2], leaves[3], leaves[1], mask & False)
+    assert distance == 0 and distance.grad_fn is not None
 
 
 def test_no_tokens_no_points_and_no_features_are_zero():

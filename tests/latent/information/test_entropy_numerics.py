@@ -56,7 +56,32 @@ def test_two_unit_gaussians_apart(distance, entropy):
     assert mixture_1d([0.0, float(distance)], [1.0, 1.0], "mixture") == pytest.approx(entropy, abs=1e-3)
 
 
-@pytest.mark.parametrize("snr", [0.01, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize(
+    ("means", "stds", "information"),
+    [
+        ([-1.5, 1.5], [0.6, 1.1], 0.591146724351),
+        ([0.0, 1.0], [1.0, 1.0], 0.111421482183),
+        ([0.0, 2.0], [1.0, 1.0], 0.336830820343),
+        ([0.0, 4.0], [1.0, 1.0], 0.632720193728),
+        ([0.0, 10.0], [1.0, 1.0], 0.693146317393),
+    ],
+)
+def test_what_points_tell_about_their_component(means, stds, information):
+    # Both halves hold both components; tokens are the points of each.
+    given = list(zip(means, stds, strict=True))
+    y = torch.stack([quantiles(mean, std) for mean, std in given]).repeat(2, 1)[..., None]
+    mu, sigma = (torch.tensor(x, dtype=torch.float64).repeat(2)[:, None, None].expand_as(y) for x in (means, stds))
+    parts = {}
+    options = {"estimator": "mixture", "losses": parts}
+    found = mutual_information_sub_batch(0 * mu, sigma, torch.ones(y.shape[:2]), mu, y, **options)
+    assert found.item() == pytest.approx(information, abs=1e-3)
+    own = sum(math.log(std) for std in stds) / 2 + 0.5 * math.log(2 * math.pi * math.e)
+    assert parts[STD_LOG].item() == pytest.approx(-own, abs=1e-12)
+    if means == [-1.5, 1.5]:
+        assert own == pytest.approx(1.211180811224, abs=1e-12)
+
+
+@pytest.mark.parametrize("snr", [0.01, 0.1, 1.0, 10.0, 100.0])
 @pytest.mark.parametrize("conditional", ["analytic", "sampled"])
 def test_a_gaussian_channel_has_its_snr_per_dimension(snr, conditional):
     # The pairwise value is an upper bound whose expectation is I plus the lautum information: exactly the snr.
@@ -72,8 +97,9 @@ def test_a_gaussian_channel_has_its_snr_per_dimension(snr, conditional):
     values = torch.stack(values)
     error = values.std() / len(values) ** 0.5
     assert abs(values.mean() - snr) < 4 * error
-    # Not the information itself, which is smaller.
+    # Not the information itself, which is smaller; and not bounded by the logarithm of the components.
     assert snr < 1 or values.mean() - 4 * error > 0.5 * math.log(1 + snr)
+    assert snr < 10 or values.mean() > math.log(size)
 
 
 def test_the_mixture_approaches_the_information_of_the_channel_from_above():
@@ -290,6 +316,10 @@ def test_entropy_and_distance_refuse():
         gaussian_mixture_entropy(x, y[..., :2], x, x, one)
     with pytest.raises(ValueError, match=r"mask has shape \(2, 4\).*must be \(5, 4\) or \(5, 2, 4\)"):
         gaussian_mixture_entropy(x, y, x, x, torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"means has shape \(2, 4\) and clean_embeddings \(2, 4, 3\)"):
+        gaussian_mixture_entropy(x, y, x[..., 0], x, one)
+    with pytest.raises(ValueError, match=r"stds has shape \(1, 4, 3\) and clean_embeddings \(2, 4, 3\)"):
+        gaussian_mixture_entropy(x, y, x, x[:1], one)
     with pytest.raises(ValueError, match="batch of 0, so the mixture has no component"):
         gaussian_mixture_entropy(x[:0], y, x[:0], x[:0], one)
     with pytest.raises(ValueError, match=r"shapes \(2, 4, 3\), \(5, 4, 3\) and \(\), which do not broadcast"):
