@@ -443,7 +443,8 @@ class TestWhatCannotBeScored:
         rows = {"a": normal(200, 3), "flat": torch.full((200, 4), 2.5), "b": normal(200, 3, seed=1)}
         with pytest.warns(UserWarning) as caught:
             push(scorer("cka", "procrustes", "mutual_knn", null=2), rows).scored()
-        assert [str(warning.message).partition(";")[0] for warning in caught] == ["cka, procrustes: NaN for 'flat'"]
+        said = [str(warning.message).partition(";")[0] for warning in caught]
+        assert [text for text in said if "repeat" not in text] == ["cka, procrustes: NaN for 'flat'"]
 
     @pytest.mark.parametrize("name", ["cca", "pwcca", "linear_regression"])
     def test_fewer_rows_than_columns_give_no_perfect_correlation(self, name):
