@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.disentanglement.attribute_bank import AttributeEstimator, by_layer
-from tdprobe.latent.disentanglement.inputs import read
+from tdprobe.latent.attribute_bank import AttributeEstimator, by_layer
+from tdprobe.latent.attribute_inputs import read
 from tdprobe.latent.information.predictive import Array, Family, check_probe
 from tdprobe.stats.state import layer_list
 

@@ -1,10 +1,9 @@
-"""What the disentanglement estimators have in common: a bank of rows and attributes, and what they share of it."""
+"""What estimators of attributes and labels have in common: a bank of rows of the layers and of the targets."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -15,58 +14,10 @@ from torch import Tensor
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import SupervisedEstimator
-from tdprobe.latent.disentanglement.gaps import Gaps
-from tdprobe.latent.disentanglement.information import Information, information
-from tdprobe.latent.disentanglement.inputs import K, classes, flags_of
+from tdprobe.latent.attribute_inputs import K, classes, flags_of
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
-from tdprobe.stats.state import Derivation, Statistic, layer_list
+from tdprobe.stats.state import Statistic, layer_list
 from tdprobe.stream.batch import Batch
-
-
-@dataclass(frozen=True)
-class GapTable:
-    """Hold the mutual information of each layer with the attributes.
-
-    Attributes:
-        n: Rows behind it.
-        lead: Leading dimensions.
-        layers: For each layer and data set its `Gaps`; ``None`` for a layer that is not finite.
-    """
-
-    n: Tensor
-    lead: tuple[int, ...]
-    layers: tuple[tuple[Gaps | None, ...], ...]
-
-
-@dataclass(frozen=True)
-class SharedInformation(Derivation):
-    """Say that every layer's matrix of mutual information is to be worked out, once for all estimators.
-
-    Args:
-        targets: How many of the state's last tensors are attributes.
-        discrete: Which attributes are discrete: one bool, or one for each.
-        binned: Whether continuous attributes are cut into bins.
-    """
-
-    targets: int
-    discrete: bool | tuple[bool, ...]
-    binned: bool
-
-    def joined(self, other: Any) -> SharedInformation | None:
-        """Share with an equal one."""
-        return self if self == other else None
-
-    def __call__(self, state: ReservoirState) -> GapTable:
-        """Work the matrices out."""
-
-        def prepared(a: Tensor, discrete: tuple[bool, ...]) -> Information:
-            return information(a, discrete, self.binned, K)
-
-        def work(z: Tensor, known: Information) -> Gaps:
-            return Gaps(known, known.latent(z), None, True)
-
-        lead = layer_list(state.rows)[0].shape[:-2]
-        return GapTable(state.n, tuple(lead), by_layer(state, self.targets, self.discrete, prepared, work))
 
 
 def by_layer(
@@ -115,7 +66,7 @@ def _finite(a: Tensor) -> Tensor:
 
 
 class AttributeEstimator(SupervisedEstimator):
-    """Score layers by how single units relate to attributes of the samples, from a bank of rows.
+    """Score layers against attributes of the samples, such as labels, from a bank of rows.
 
     Args:
         in_key: Key of the latents, ``(*lead, n, d)``.
