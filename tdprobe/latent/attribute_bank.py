@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe._types import UnraveledKey
+from tdprobe._types import Float, UnraveledKey
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import SupervisedEstimator
 from tdprobe.latent.attribute_inputs import K, classes, flags_of
@@ -109,18 +109,24 @@ class AttributeEstimator(SupervisedEstimator):
             )
 
     def _table(self, scores: Sequence[Sequence[Tensor | None]], lead: Sequence[int]) -> TensorDict:
-        """Lay the scores of layers and data sets out, NaN for layers that are not finite."""
-        known = next((x for layer in scores for x in layer if x is not None), torch.zeros(1, dtype=torch.float64))
-        blank, size = torch.full_like(known, torch.nan), len(known)
-        rows = [torch.stack([blank if x is None else x for x in layer]).view(*lead, size) for layer in scores]
-        finite = torch.tensor([[x is not None for x in layer] for layer in scores], device=known.device)
-        score, fine = torch.stack(rows, -2), finite.mT.reshape(*lead, len(scores))
+        """Lay the scores of layers and data sets out, and name what is NaN."""
+        score = laid_out(scores, lead)
+        finite = torch.tensor([[x is not None for x in layer] for layer in scores], device=score.device)
+        fine = finite.mT.reshape(*lead, len(scores))
         bad = (score.isnan() & fine.unsqueeze(-1)).flatten(0, -2).any(0).nonzero().squeeze(-1).tolist()
         if bad:
-            names = self.target_names(size)
+            names = self.target_names(score.shape[-1])
             warnings.warn(
                 f"{self.spec.name}: {', '.join(repr(names[i]) for i in bad)} is NaN in some layer, for it is constant, "
                 "or determined by another attribute, among the rows that were kept",
                 stacklevel=3,
             )
         return TensorDict({"score": score, "finite": fine})
+
+
+def laid_out(values: Sequence[Sequence[Tensor | None]], lead: Sequence[int]) -> Float[Tensor, "*lead l m"]:
+    """Lay the m values of each layer (outside) and data set (inside) out; NaN for layers that are not finite."""
+    known = next((x for layer in values for x in layer if x is not None), torch.zeros(1, dtype=torch.float64))
+    blank = torch.full_like(known, torch.nan)
+    rows = [torch.stack([blank if x is None else x for x in layer]).view(*lead, len(known)) for layer in values]
+    return torch.stack(rows, -2)
