@@ -335,7 +335,8 @@ ROWS: dict[str, Row] = {
     "dime": Row(None, least=2),
     "lidar": Row(None, least=4, targets=views),
     "noised_information": Row(noised_information, least=1),
-    "v_information": Row(None, least=10, options={"discrete": False}),
+    # Numbers to this row, and classes to the streaming form, which is as its name makes it.
+    "v_information": Row(None, least=10, options={"discrete": False}, targets=labels),
     "mdl": Row(None, least=4, targets=labels),
     "ksg": Row(ksg, least=4),
     "mig": Row(information_gap, least=4),

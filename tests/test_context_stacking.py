@@ -14,49 +14,11 @@ from typing import Any
 import pytest
 import torch
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import nn
 
-from tdprobe.contexts import HookingContextFactory, Site
+from context_tools import Editing, X, chain, values
 from tdprobe.errors import TdprobeError
-from tdprobe.hooks import Hook, MultiHookHandle
 from tdprobe.latent import ActivationCaching, LayerScoring, SteeringVectors
-from tdprobe.modules import HookedModule
-
-X = torch.ones(1, 2)
-
-
-def chain() -> nn.Sequential:
-    """Three layers that double, add one and negate."""
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
-    for layer, scale, shift in zip(model, (2, 1, -1), (0, 1, 0), strict=True):
-        layer.weight.data, layer.bias.data = scale * torch.eye(2), torch.full((2,), float(shift))
-    return model
-
-
-class Editing(HookingContextFactory):
-    """Applies a function to the output of one child of the model."""
-
-    def __init__(self, child: str, edit: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.child = child
-        self.edit = edit
-
-    def _hook_module(self, module: HookedModule) -> MultiHookHandle:
-        context, site = module.hooking_context, Site(self.child)
-        context.sites.append(site)
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if not context.gate.admits():
-                return None
-            context.fired(site)
-            return self.edit(output)
-
-        place = context.model.get_submodule(self.child)
-        return MultiHookHandle([Hook(place, "fwd", hook, edits=True, order=context.gate.number)])
-
-
-def values(context: Any) -> dict[str, float]:
-    return {name: context.cache[name][0, 0].item() for name in context.cache.keys()}
 
 
 def test_hooks_that_never_fire_are_an_error(hooks_of: Any) -> None:

@@ -58,8 +58,8 @@ class Gate:
 
     def is_alone(self) -> bool:
         """Tell whether no other context of the running code observes the same model, or a part or whole of it."""
-        others = [_gates[number] for number in _OPEN.get() - {self.number} if number in _gates]
-        models = [other.model for other in others if other.observes and other.model is not None]
+        others = [_gates.get(number) for number in _OPEN.get() - {self.number}]
+        models = [other.model for other in others if other is not None and other.observes and other.model is not None]
         if not models or self.model is None:
             return True
         mine = {id(part) for _, part in walk(self.model)}

@@ -63,12 +63,7 @@ def _input_hook(context: CachingContext, site: Site, key: Any) -> Callable[..., 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not admits() or in_backward():
             return
-        value = _tensor_of((args, kwargs), site)
-        kept = keep(value)
-        context.store(key, kept)
-        if has_gradient(value):
-            mirror_gradient(value, kept)
-        context.fired(site)
+        _store(context, site, key, _tensor_of((args, kwargs), site))
 
     return hook
 
@@ -91,11 +86,7 @@ def _computing_hook(
             value = _selected(context, site, value)
             if not len(value):
                 return
-        kept = keep(value)
-        context.store(key, kept)
-        if has_gradient(value):
-            mirror_gradient(value, kept)
-        context.fired(site)
+        _store(context, site, key, value)
 
     return hook
 
@@ -116,6 +107,15 @@ def _backward_hook(
         context.fired(site)
 
     return hook
+
+
+def _store(context: CachingContext, site: Site, key: Any, value: Any) -> None:
+    """Keep a value as it is now; its gradient goes to what is kept too."""
+    kept = keep(value)
+    context.store(key, kept)
+    if has_gradient(value):
+        mirror_gradient(value, kept)
+    context.fired(site)
 
 
 def _selected(context: CachingContext, site: Site, value: Any) -> Tensor:

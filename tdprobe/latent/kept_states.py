@@ -90,7 +90,7 @@ def _without(parts: list[State], others: State | None) -> Iterator[State]:
 
 
 def sources_of(estimators: Mapping[str, Estimator], batch: Batch, budget: float, whole: bool) -> dict[str, Source]:
-    """Choose the route of each estimator.
+    """Choose the route of each estimator, one for all where what the others need is among what one keeps.
 
     Args:
         estimators: By label.
@@ -102,7 +102,8 @@ def sources_of(estimators: Mapping[str, Estimator], batch: Batch, budget: float,
     Raises:
         ConfigError: A state is larger than ``budget`` bytes, and there is no cheaper route.
     """
-    asked = {label: Source(item.statistic(), item.target_keys) for label, item in estimators.items()}
+    own = {label: Source(item.statistic(), item.target_keys) for label, item in estimators.items()}
+    asked = {label: reduce(_wider, own.values(), source) for label, source in own.items()}
     found = {}
     for label, item in estimators.items():
         alike = [estimators[other] for other, source in asked.items() if source == asked[label]]
@@ -110,6 +111,12 @@ def sources_of(estimators: Mapping[str, Estimator], batch: Batch, budget: float,
         source = with_least_work(asked[label], alike, widths, batch.n, budget) if whole else asked[label]
         found[label] = _within(budget, source, widths, item.spec.name)
     return found
+
+
+def _wider(source: Source, other: Source) -> Source:
+    """Return the other source if it keeps all that this one does: work that both need is done once then."""
+    covers = other.target_keys == source.target_keys and other.statistic.covers(source.statistic)
+    return other if covers else source
 
 
 def with_least_work(

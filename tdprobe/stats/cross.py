@@ -69,6 +69,10 @@ class Cross(Statistic):
         columns = [self._columns(width) for width in widths]
         return n * (sum(columns) ** 2 + sum(k * k for k in columns)) / 2
 
+    def covers(self, other: Statistic) -> bool:
+        """Tell that the sums behind the unbiased product come on top of those that all measures read."""
+        return isinstance(other, Cross) and self in (other, replace(other, unbiased=True))
+
     def cheaper(self) -> Cross | None:
         """Return the same with a sketch."""
         return replace(self, sketch=SKETCH) if self.sketch is None else None
@@ -119,7 +123,8 @@ class Cross(Statistic):
             return state
         count = torch.full_like(state.n, n)
         precision = state.precision.clamp(min=torch.finfo(dtype).eps)
-        if self.unbiased:
+        # What one stream keeps for several estimators may be more than one of them asks for.
+        if self.unbiased or state.unbiased:
             return state.merge(self._batch(state, rows, count, precision))
         parts, mu = self._centred(rows, dtype, state.columns, room=1)
         share = count / (state.n + count).double()

@@ -48,6 +48,12 @@ class CrossState(State):
         return not self.cubic.is_empty()
 
     @property
+    def plain(self) -> CrossState:
+        """The same without the sums behind the unbiased product."""
+        empty = self.quartic.new_zeros(*self.quartic.shape[:-2], 0, 0)
+        return self.replaced(cubic=TensorDict({}), quartic=empty) if self.unbiased else self
+
+    @property
     def columns(self) -> list[int]:
         """Columns of each layer as they are kept."""
         return [mu.shape[-1] for mu in layer_list(self.mu)]
@@ -107,7 +113,7 @@ class CrossState(State):
         ours, theirs = layer_list(self.mu), layer_list(other.mu)
         check_widths([mu.unsqueeze(-2) for mu in theirs], [tuple(mu.shape) for mu in ours])
         if self.unbiased != other.unbiased:
-            raise ConfigError("cannot merge a biased with an unbiased state; use one Cross(unbiased=...)")
+            raise ConfigError("cannot merge a biased with an unbiased state; use one Cross(unbiased=...), or its plain")
         if not (torch.equal(self.sketch, other.sketch) and torch.equal(self.widths, other.widths)):
             raise ConfigError(
                 f"cannot merge sums over layer widths {self.widths.tolist()} (sketch, seed: {self.sketch.tolist()}) "

@@ -122,9 +122,7 @@ class Neighbors(Derivation):
 
     def joined(self, other: Any) -> Neighbors | None:
         """Return what serves both in one pass, or ``None`` where they count neighbours differently."""
-        if not isinstance(other, Neighbors):
-            return None
-        if self._rule != other._rule:
+        if not isinstance(other, Neighbors) or self._rule != other._rule:
             return None
         ranks, places = tuple(sorted({*self.ranks, *other.ranks})), max(self.places, other.places)
         return replace(self, ranks=ranks, imbalance=self.imbalance or other.imbalance, places=places)
@@ -174,7 +172,7 @@ class Neighbors(Derivation):
         )
 
     def _fill(self, table: NeighborTable, index: tuple[int, ...], rows: Sequence[Tensor]) -> None:
-        layers = [i for i in range(len(rows)) if bool(table.finite[(*index, i)])]
+        layers = [i for i, x in enumerate(rows) if len(x) and bool(table.finite[(*index, i)])]
         # Only imbalance looks at several layers at once; otherwise one is done before the next begins.
         for group in [layers] if self.imbalance else [[i] for i in layers]:
             asked = len(self.ranks) + (len(group) - 1) * DOUBTS
@@ -194,7 +192,7 @@ class _Pass:
     """Walk over the rows of one data set, a block of all layers at a time."""
 
     def __init__(self, config: Neighbors, spaces: dict[int, Space]) -> None:
-        extra = {*config.ranks, *[1] * config.imbalance, *[config.places] * (config.places > 0)}
+        extra = {*config.ranks, *[1] * config.imbalance, *[config.places] * (config.places > 0)} or {1}
         self.config, self.spaces = config, spaces
         self.wanted = Wanted(
             tuple(sorted(extra)), config.distinct, config.beyond, ties=config.imbalance, places=config.places

@@ -85,13 +85,14 @@ class Paths(Statistic):
 
     ``rows`` are those of the layers, then ``targets`` tensors of attributes, then the number of the path of each row,
     ``(*lead, n, 1)``, the same in all data sets. Rows of one path come in order; those of other paths may stand between
-    them. A path is over when ``gap`` rows have come since its last one, or the stream has ended.
+    them. A path is over when ``gap`` rows have come since its last one, or the stream has ended; what has its number
+    afterwards is another path, whatever the batches were.
 
     Args:
         measure: What is measured, of the unit and the attribute.
         units: Unit of each attribute; ``None`` for 0, 1, ...
         targets: Tensors of attributes among the rows.
-        gap: Most rows between two rows of a path.
+        gap: Rows without one of its own after which a path is over.
     """
 
     name: ClassVar[str] = "paths"
@@ -182,7 +183,7 @@ class Paths(Statistic):
         if len(state.at) == 0:
             return state
         key = torch.stack([state.origin.double(), state.number])
-        path = key.unique(dim=1, return_inverse=True)[1]
+        path = self._apart(key.unique(dim=1, return_inverse=True)[1], state.at)
         last = torch.zeros_like(path).scatter_reduce_(0, path, state.at, "amax", include_self=True)
         over = (state.origin > 0) | (last[path] < before)
         *layers, a = layer_list(state.rows)
@@ -206,6 +207,12 @@ class Paths(Statistic):
             at=state.at[left],
             rows=by_layer(x.index_select(-2, left) for x in (*layers, a)),
         )
+
+    def _apart(self, path: Int[Tensor, " p"], at: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
+        """Number what has come since a gap as a path of its own: rows of one batch may lie that far apart too."""
+        order = path.argsort(stable=True)
+        new = (path[order].diff() != 0) | (at[order].diff() > self.gap)
+        return torch.empty_like(path).scatter_(0, order, torch.nn.functional.pad(new.cumsum(0), (1, 0)))
 
 
 def _same_for_all(number: Tensor) -> Float[Tensor, " n"]:

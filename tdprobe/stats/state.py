@@ -97,6 +97,10 @@ class Statistic(ABC):
         """Return what to use instead where a state would be too large; ``None`` where there is nothing."""
         return None
 
+    def covers(self, other: Statistic) -> bool:
+        """Tell whether the states of this one hold all that the other keeps, so that its estimators can read them."""
+        return self == other
+
     @abstractmethod
     def init(self, rows: Sequence[Tensor], ids: Tensor) -> State:
         """Return the empty state that fits the widths, leading dimensions and device of ``rows``."""

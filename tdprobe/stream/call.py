@@ -62,7 +62,14 @@ class Call:
                 f"tokens are selected by an attention mask of shape (batch, tokens), got {got}, which does not say "
                 "which tokens are padding; pass the tokenizer's attention_mask, and leave generate() its default cache"
             )
-        return self.mask.bool()
+        batch, tokens = self.shape
+        if len(self.mask) not in (1, batch) or self.mask.shape[1] < tokens:
+            raise ConfigError(
+                f"the attention mask has shape {tuple(self.mask.shape)} for a batch of {batch} x {tokens} tokens; it "
+                "has one row for each text and one column for each token, and for those in the cache before them"
+            )
+        # One row may stand for all texts.
+        return self.mask.bool().expand(batch, -1)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from caching_tools import Net, linear
 from tdprobe.latent import ActivationCaching
 
 X = torch.tensor([[1.0, -2.0], [-3.0, 4.0]])
-
-
-def linear() -> nn.Linear:
-    layer = nn.Linear(2, 2)
-    layer.weight.data, layer.bias.data = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.zeros(2)
-    return layer
-
-
-class Net(nn.Module):
-    """``first`` is applied to 2 x, then ``after`` does whatever a model may do to tensors it holds."""
-
-    def __init__(self, first: nn.Module, after: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.first = first
-        self.after = after
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * 2
-        return self.after(self.first(x), x)
 
 
 class Stash(nn.Module):

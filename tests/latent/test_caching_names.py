@@ -14,32 +14,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
 
+from caching_tools import HIDDEN, OUT, Two, X, run
 from tdprobe.latent import ActivationCaching
-
-
-class Two(nn.Module):
-    """y = linear2(linear1(x)) with hand-made weights, so that every value and gradient is known."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(2, 3, bias=False)
-        self.linear2 = nn.Linear(3, 1, bias=False)
-        self.linear1.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
-        self.linear2.weight.data = torch.tensor([[1.0, -1.0, 3.0]])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.linear1(x))
-
-
-X = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
-HIDDEN = torch.tensor([[1.0, 4.0, 3.0], [3.0, -2.0, 2.0]])
-OUT = torch.tensor([[6.0], [11.0]])
-
-
-def run(factory: ActivationCaching, model: nn.Module, x: Tensor = X) -> Any:
-    with factory.prepare(model) as hooked:
-        hooked(x)
-    return hooked.hooking_context.cache
 
 
 @pytest.mark.parametrize(("nested", "directions"), [(True, ["fwd"]), (False, ["fwd", "bwd"])])

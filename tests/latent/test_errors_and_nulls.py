@@ -194,11 +194,31 @@ class TestRoutes:
         assert float(one) == pytest.approx(float(stream.score[0, 1]), rel=1e-6)
         assert estimator._one_shot(Batch(rows, IDS[:n])).route == route
 
-    def test_what_another_measure_reads_anyway_is_shared(self):
+    @pytest.mark.parametrize("unbiased", [False, True])
+    def test_what_another_measure_reads_anyway_is_shared(self, unbiased):
         rows = {"a": normal(13, 6), "b": normal(13, 6, seed=1)}
-        scoring = scorer(CkaEstimator(), ProcrustesEstimator(), portion=13, whole=True)
+        scoring = scorer(CkaEstimator(unbiased=unbiased), ProcrustesEstimator(), portion=13, whole=True)
         found = push(scoring, rows, size=13).scored()
         assert [item.route for item in found.values()] == ["cross-covariances"] * 2 and len(scoring._states) == 1
+
+    def test_a_stream_keeps_one_state_for_all_measures_of_covariances(self):
+        model, batches = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double(), normal(120, 5).split(20)
+        unbiased, biased, sketched = CkaEstimator(unbiased=True), CkaEstimator(), ProcrustesEstimator(sketch=3)
+        estimators = {"biased": biased, "procrustes": ProcrustesEstimator(), "unbiased": unbiased, "sketched": sketched}
+
+        def scored(wanted, **options):
+            with LayerScoring(r"\d", wanted, rows_per_update=16, **options).prepare(model) as hooked:
+                for x in batches:
+                    hooked(x)
+            return hooked.scores(), [source.statistic for source in hooked.hooking_context.scorer.kept()]
+
+        together, kept = scored(estimators, null=3)
+        assert kept == [Cross(True), Cross(sketch=3), Reservoir()]
+        assert len(scored([biased, unbiased, "procrustes", "cca", "linear_regression", "gulp"])[1]) == 1
+        for label, estimator in estimators.items():
+            one, other = together.block(label), scored({label: estimator}, null=3)[0].block(label)
+            for field in ("values", "se", "null", "null_sd"):
+                np.testing.assert_allclose(getattr(one, field), getattr(other, field), rtol=1e-9, atol=1e-12)
 
     def test_products_that_do_not_fit_are_not_taken_however_little_work_they_are(self):
         rows = {"a": normal(60, 6), "b": normal(60, 6, seed=1)}
@@ -443,8 +463,10 @@ class TestWhatCannotBeScored:
         rows = {"a": normal(200, 3), "flat": torch.full((200, 4), 2.5), "b": normal(200, 3, seed=1)}
         with pytest.warns(UserWarning) as caught:
             push(scorer("cka", "procrustes", "mutual_knn", null=2), rows).scored()
-        said = [str(warning.message).partition(";")[0] for warning in caught]
-        assert [text for text in said if "repeat" not in text] == ["cka, procrustes: NaN for 'flat'"]
+        assert [str(warning.message).partition(";")[0] for warning in caught] == [
+            "cka, procrustes: NaN for 'flat'",
+            "199 rows of 'flat' repeat earlier ones, as rows do after identical prefixes",
+        ]
 
     @pytest.mark.parametrize("name", ["cca", "pwcca", "linear_regression"])
     def test_fewer_rows_than_columns_give_no_perfect_correlation(self, name):

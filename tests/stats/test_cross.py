@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tdprobe.errors import ConfigError
-from tdprobe.stats import Cross
+from tdprobe.stats import Cross, Moments
 
 FIELDS = ("n", "mu", "cross", "cubic", "quartic")
 
@@ -141,3 +141,32 @@ def test_too_few_rows_for_the_unbiased_value_are_refused_when_it_is_asked_for():
     with pytest.raises(ConfigError, match=r"got 3 rows.*at least 4"):
         _ = state.hsic
     check(Cross(True).update(state, [x[3:] for x in rows], torch.arange(2)), rows, True)
+
+
+def test_an_unbiased_state_serves_a_biased_stream():
+    rows = layers_of(30, [2, 3, 8])
+    first, second = split(rows, [12, 18])
+    wide = feed(Cross(True), [first])
+    check(wide.plain, first, False)
+    # Whoever asks for less than the state keeps, goes on without spoiling it.
+    on = Cross().update(wide, second, torch.arange(18))
+    check(on, rows, True)
+    check(on.plain.merge(feed(Cross(), [rows])), [torch.cat([x, x]) for x in rows], False)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "covers"),
+    [
+        (Cross(True), Cross(), True),
+        (Cross(), Cross(), True),
+        (Cross(True, sketch=4, seed=2), Cross(sketch=4, seed=2), True),
+        (Cross(), Cross(True), False),
+        (Cross(True, sketch=4), Cross(), False),
+        (Cross(True), Cross(sketch=4), False),
+        (Cross(True, sketch=4), Cross(sketch=4, seed=1), False),
+        (Cross(), Moments(), False),
+        (Moments(), Moments(), True),
+    ],
+)
+def test_a_statistic_covers_what_keeps_no_more(one, other, covers):
+    assert one.covers(other) is covers

@@ -145,6 +145,15 @@ class TestTable:
         assert table.repeated[0].tolist() == [False, False, True, False, True, True]
         assert table.duplicates.tolist() == [3, 3]
 
+    def test_asked_for_nothing_it_counts_repeated_rows(self):
+        rows = torch.tensor([[0.0], [1.0], [0.0]])
+        assert Neighbors().of_rows([rows]).duplicates.tolist() == [1]
+
+    def test_no_rows_have_no_neighbours(self):
+        table = Neighbors((1,), imbalance=True, places=2).of_rows([torch.zeros(0, 3), torch.zeros(0, 2)])
+        assert table.distances.shape == (2, 0, 1) and table.places.shape == (2, 0, 2)
+        assert table.imbalance.isnan().all() and table.duplicates.tolist() == [0, 0]
+
     def test_a_layer_that_is_not_finite_scores_nan_and_leaves_the_others_alone(self):
         x, y = LAYERS["ordinary"]
         bad = x.clone()

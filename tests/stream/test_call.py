@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdprobe.stream.call import CallReader
+from tdprobe.stream.tokens import TokenClause
 
 
 class Config:
@@ -155,3 +156,17 @@ WINDOW = torch.ones(2, 1, 3, 3).tril().triu(-1)
 def test_a_mask_that_does_not_tell_the_padding_is_refused(mask: Any, got: str) -> None:
     with pytest.raises(ValueError, match=rf"\(batch, tokens\), got {got}.*tokenizer's attention_mask"):
         _ = read((IDS, mask), {}).valid
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 2), (4, 3)])
+def test_a_mask_of_another_batch_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"has shape \({shape[0]}, {shape[1]}\) for a batch of 2 x 3 tokens"):
+        _ = read((IDS, torch.ones(shape)), {}).valid
+
+
+@pytest.mark.parametrize("form", [MASK[1:], by_pairs(MASK[1:], 3, 3)])
+def test_a_mask_of_one_row_stands_for_all_texts(form: Tensor) -> None:
+    call = read((IDS, form), {})
+    assert call.positions.tolist() == [[0, 1, -1]] * 2 and call.lengths.tolist() == [2, 2]
+    taken = TokenClause("last").select(call).take(torch.arange(12.0).view(2, 3, 2))
+    assert taken.tolist() == [[2, 3], [8, 9]]

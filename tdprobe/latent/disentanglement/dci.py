@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError, unknown
-from tdprobe.latent.disentanglement.inputs import Inputs, read, warn_of_nan
+from tdprobe.latent.attribute_inputs import Inputs, read, warn_of_nan
 
 MODELS = ("lasso", "forest", "boosting")
 # Samples on which informativeness is measured.

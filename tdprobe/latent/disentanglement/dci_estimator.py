@@ -8,9 +8,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError, unknown
-from tdprobe.latent.disentanglement.attribute_bank import AttributeEstimator, by_layer
+from tdprobe.latent.attribute_bank import AttributeEstimator, by_layer
+from tdprobe.latent.attribute_inputs import Inputs
 from tdprobe.latent.disentanglement.dci import MODELS, dci_of, importances
-from tdprobe.latent.disentanglement.inputs import Inputs
 from tdprobe.registry import Spec, register
 from tdprobe.stats.state import layer_list
 

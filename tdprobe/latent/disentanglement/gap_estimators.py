@@ -11,9 +11,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.disentanglement.attribute_bank import AttributeEstimator, GapTable, SharedInformation
+from tdprobe.latent.attribute_bank import AttributeEstimator
+from tdprobe.latent.attribute_inputs import regularised
 from tdprobe.latent.disentanglement.gaps import Gaps, best_dims, check_normalizer
-from tdprobe.latent.disentanglement.inputs import regularised
+from tdprobe.latent.disentanglement.shared_information import GapTable, SharedInformation
 from tdprobe.registry import Spec, register
 
 COST = "n^1.5 d m per layer, for a bank of n rows"

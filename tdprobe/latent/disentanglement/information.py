@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float
+from tdprobe.latent.attribute_inputs import K, read
 from tdprobe.latent.disentanglement.classes import class_entropy, contingency, ross
 from tdprobe.latent.disentanglement.columns import Columns
-from tdprobe.latent.disentanglement.inputs import K, read
 from tdprobe.latent.disentanglement.kraskov import kraskov, kraskov_entropy
 
 BINS = 20

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.disentanglement.inputs import real, regularised
+from tdprobe.latent.attribute_inputs import real, regularised
 from tdprobe.latent.disentanglement.path_measures import Monotone, Smooth, check_choice
 from tdprobe.stats.paths import PathMeasure
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
+from tdprobe.latent.attribute_inputs import K, read
 from tdprobe.latent.disentanglement.information import Information
-from tdprobe.latent.disentanglement.inputs import K, read
 
 
 def modularity(z: Any, a: Any, reg_dim: Any = None, discrete: Any = False, thresh: float = 1e-12) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
+from tdprobe.latent.attribute_inputs import Inputs, K, read, warn_of_nan
 from tdprobe.latent.disentanglement.gaps import Gaps, gaps
-from tdprobe.latent.disentanglement.inputs import Inputs, K, read, warn_of_nan
 
 __all__ = ["dependency_aware", "dlig", "dmig", "mig", "xmig"]
 

@@ -30,7 +30,7 @@ class _PathEstimator(SupervisedEstimator):
         path_key: Key of the number of the path of each row.
         out_key: Key to write, ``(*lead, m)`` float32.
         reg_dim: Unit of each attribute; by default 0, 1, ..., m - 1.
-        gap: Most rows of a stream between two rows of a path.
+        gap: Rows without one of its own after which a path is over.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class SmoothnessEstimator(_PathEstimator):
         ptp_mode: ``"naive"`` or a share, see `smoothness`.
         clamp: Move the score of each path into [0, 1].
         p: Power of the Lehmer mean, above 1.
-        gap: Most rows of a stream between two rows of a path; then it is over, and only its score is kept.
+        gap: Rows without one of its own after which a path is over, and only its score is kept.
 
     Example:
         >>> import torch
@@ -166,7 +166,7 @@ class MonotonicityEstimator(_PathEstimator):
         reg_dim: Unit of each attribute; by default 0, 1, ..., m - 1.
         liad_thresh: Smaller changes per unit count as noise.
         degenerate_val: Value of a path where every change is noise; NaN leaves it out.
-        gap: Most rows of a stream between two rows of a path; then it is over, and only its score is kept.
+        gap: Rows without one of its own after which a path is over, and only its score is kept.
 
     Example:
         >>> import torch
@@ -198,7 +198,8 @@ class MonotonicityEstimator(_PathEstimator):
 
 
 def _units(reg_dim: Any) -> tuple[int, ...]:
-    found = np.asarray(reg_dim.cpu() if isinstance(reg_dim, Tensor) else list(reg_dim))
-    if found.ndim != 1 or found.dtype.kind not in "iu" or len(set(found.tolist())) < len(found) or found.min() < 0:
+    found = np.asarray(reg_dim.cpu() if isinstance(reg_dim, Tensor) else reg_dim)
+    several = found.ndim == 1 and found.size > 0 and found.dtype.kind in "iu"
+    if not several or len(set(found.tolist())) < len(found) or found.min() < 0:
         raise ConfigError(f"got reg_dim={reg_dim!r}; allowed are different units from 0 on, one for each attribute")
     return tuple(found.tolist())

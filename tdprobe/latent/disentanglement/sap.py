@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
+from tdprobe.latent.attribute_inputs import Inputs, read, warn_of_nan
 from tdprobe.latent.disentanglement.gaps import latent_gap
-from tdprobe.latent.disentanglement.inputs import Inputs, read, warn_of_nan
 
 
 def sap(z: Any, a: Any, reg_dim: Any = None, discrete: Any = False, l2_reg: float = 1.0, thresh: float = 1e-12) -> Any:

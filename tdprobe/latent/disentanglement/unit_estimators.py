@@ -8,16 +8,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.disentanglement.attribute_bank import (
-    AttributeEstimator,
-    GapTable,
-    SharedInformation,
-    by_layer,
-)
+from tdprobe.latent.attribute_bank import AttributeEstimator, by_layer
+from tdprobe.latent.attribute_inputs import Inputs
 from tdprobe.latent.disentanglement.gaps import latent_gap
-from tdprobe.latent.disentanglement.inputs import Inputs
 from tdprobe.latent.disentanglement.modularity import modularity_of
 from tdprobe.latent.disentanglement.sap import predictability
+from tdprobe.latent.disentanglement.shared_information import GapTable, SharedInformation
 from tdprobe.registry import Spec, register
 from tdprobe.stats.state import layer_list
 

@@ -92,8 +92,10 @@ class Family:
         return _gaussian(held - other, max(np.square(y[aside] - guess).mean(), least))
 
     def _fitted(self, make: MakeProbe, x: Array, y: Tensor, classes: int | None) -> TorchEstimator:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        # Of GPUs that nobody uses yet, torch.manual_seed would set the seed for good.
+        used = torch.cuda.is_initialized()
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
+            (torch.manual_seed if used else torch.default_generator.manual_seed)(self.seed)
             return make(x.shape[1], classes).fit(torch.from_numpy(x), y=y).eval()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import Any
 
@@ -12,8 +11,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tdprobe.errors import ConfigError
-from tdprobe.latent.disentanglement.attribute_bank import AttributeEstimator, by_layer
-from tdprobe.latent.disentanglement.inputs import read
+from tdprobe.latent.attribute_bank import AttributeEstimator, by_layer, laid_out
+from tdprobe.latent.attribute_inputs import read
 from tdprobe.latent.information.predictive import Array, Family, check_probe
 from tdprobe.stats.state import layer_list
 
@@ -64,11 +63,7 @@ class ProbedEstimator(AttributeEstimator):
         found = by_layer(state, len(self.target_keys), self._discrete, lambda *known: known, work)
         lead = layer_list(state.rows)[0].shape[:-2]
         score, se = ([[None if x is None else x[:, i] for x in layer] for layer in found] for i in range(2))
-        table = self._table(score, lead)
-        with warnings.catch_warnings():
-            # What is NaN has been named.
-            warnings.simplefilter("ignore")
-            return table.set("se", self._table(se, lead)["score"])
+        return self._table(score, lead).set("se", laid_out(se, lead))
 
 
 def columns(

@@ -161,6 +161,9 @@ class CkaEstimator(PairEstimator):
         """
         if self._unbiased and int(state.n) < 4:
             raise ConfigError(f"got {int(state.n)} rows; cka with unbiased=True needs at least 4")
+        if isinstance(state, CrossState) and not self._unbiased:
+            # Another estimator of the stream may need the unbiased product.
+            state = state.plain
         if not isinstance(state, (ReservoirState, KernelTable)):
             # What is not finite in a layer is not finite in its sums.
             return TensorDict({"score": _ratio(state, self.eps), "finite": state.power.isfinite()})

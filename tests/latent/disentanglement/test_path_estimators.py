@@ -169,6 +169,25 @@ class TestMemory:
         found = near.score(streamed(near, batch(x, y, path), [6, 12]))["score"][0]
         torch.testing.assert_close(found, two.mean(0))
 
+    @BOTH
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(1, N * T - 1), max_size=6).map(sorted), st.integers(1, 12), st.integers(0, 99))
+    def test_batches_do_not_decide_where_a_path_is_over(self, name, cuts, gap, seed):
+        z, a = data(seed=seed)
+        x, y, _ = rows(z, a)
+        path = torch.randint(4, (N * T, 1), generator=torch.Generator().manual_seed(seed))
+        estimator, whole = registry.get(name)(gap=gap), batch(x, y, path.double())
+        # Each stretch without such a gap, spelled out, has a number of its own.
+        number, last, apart = {}, {}, []
+        for place, key in enumerate(path.flatten().tolist()):
+            number[key] = number[key] if place - last.get(key, -99) <= gap else len(apart)
+            last[key] = place
+            apart.append(float(number[key]))
+        told = estimator.score(streamed(registry.get(name)(), batch(x, y, torch.tensor(apart).unsqueeze(1)), []))
+        found = estimator.score(streamed(estimator, whole, cuts))
+        torch.testing.assert_close(found["score"], told["score"], rtol=1e-10, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(found["se"], told["se"], rtol=1e-6, atol=1e-7, equal_nan=True)
+
 
 class Sprites(nn.Module):
     """Paint a bump on a line: where it is, and how bright, are exact functions of two latents."""
@@ -343,6 +362,9 @@ class TestDegenerate:
             (lambda: d.SmoothnessEstimator(reg_dim=[1, 1]), r"reg_dim=\[1, 1\]"),
             (lambda: d.SmoothnessEstimator(reg_dim=[-1]), r"reg_dim=\[-1\]"),
             (lambda: d.SmoothnessEstimator(reg_dim="best"), "reg_dim='best'"),
+            (lambda: d.SmoothnessEstimator(reg_dim=0), "reg_dim=0"),
+            (lambda: d.SmoothnessEstimator(reg_dim=torch.zeros(0, dtype=torch.int64)), "reg_dim=tensor"),
+            (lambda: d.smoothness(*data(), reg_dim=0), r"reg_dim has shape \(\)"),
             (lambda: d.SmoothnessEstimator(p=1), "p=1"),
             (lambda: d.SmoothnessEstimator(max_mode="lemer"), "did you mean 'lehmer'"),
             (lambda: d.SmoothnessEstimator(ptp_mode=2), "ptp_mode=2"),

@@ -69,6 +69,16 @@ class TestKnownInformation:
         assert 0.6 < found < math.log(2) and torch.equal(state, torch.get_rng_state())
         assert found == v_information(x, either, probe=TwoLayers)
 
+    @pytest.mark.skipif(torch.cuda.is_initialized(), reason="seeds wait only for a GPU that nobody has used yet")
+    def test_the_seed_of_a_gpu_that_is_used_later_is_the_users(self):
+        def make(d, k):
+            return LinearEstimator(d, num_classes=k, epochs=1)
+
+        torch.manual_seed(42)
+        waiting = torch.cuda._lazy_seed_tracker.get_calls()
+        v_information(normal(40, 2), torch.arange(40) % 2, probe=make)
+        assert torch.cuda._lazy_seed_tracker.get_calls() == waiting
+
     def test_a_probe_of_ours_comes_near_the_default(self):
         y = torch.arange(600) % 2
         x, numbers = normal(600, 3) + 2 * y[:, None], normal(600, 3) @ torch.tensor([1.0, 2, 0]).double()

@@ -1,10 +1,9 @@
-"""What the disentanglement estimators have in common: a bank of rows and attributes, and what they share of it."""
+"""What estimators of attributes and labels have in common: a bank of rows of the layers and of the targets."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -12,61 +11,13 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe._types import UnraveledKey
+from tdprobe._types import Float, UnraveledKey
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import SupervisedEstimator
-from tdprobe.latent.disentanglement.gaps import Gaps
-from tdprobe.latent.disentanglement.information import Information, information
-from tdprobe.latent.disentanglement.inputs import K, classes, flags_of
+from tdprobe.latent.attribute_inputs import K, classes, flags_of
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
-from tdprobe.stats.state import Derivation, Statistic, layer_list
+from tdprobe.stats.state import Statistic, layer_list
 from tdprobe.stream.batch import Batch
-
-
-@dataclass(frozen=True)
-class GapTable:
-    """Hold the mutual information of each layer with the attributes.
-
-    Attributes:
-        n: Rows behind it.
-        lead: Leading dimensions.
-        layers: For each layer and data set its `Gaps`; ``None`` for a layer that is not finite.
-    """
-
-    n: Tensor
-    lead: tuple[int, ...]
-    layers: tuple[tuple[Gaps | None, ...], ...]
-
-
-@dataclass(frozen=True)
-class SharedInformation(Derivation):
-    """Say that every layer's matrix of mutual information is to be worked out, once for all estimators.
-
-    Args:
-        targets: How many of the state's last tensors are attributes.
-        discrete: Which attributes are discrete: one bool, or one for each.
-        binned: Whether continuous attributes are cut into bins.
-    """
-
-    targets: int
-    discrete: bool | tuple[bool, ...]
-    binned: bool
-
-    def joined(self, other: Any) -> SharedInformation | None:
-        """Share with an equal one."""
-        return self if self == other else None
-
-    def __call__(self, state: ReservoirState) -> GapTable:
-        """Work the matrices out."""
-
-        def prepared(a: Tensor, discrete: tuple[bool, ...]) -> Information:
-            return information(a, discrete, self.binned, K)
-
-        def work(z: Tensor, known: Information) -> Gaps:
-            return Gaps(known, known.latent(z), None, True)
-
-        lead = layer_list(state.rows)[0].shape[:-2]
-        return GapTable(state.n, tuple(lead), by_layer(state, self.targets, self.discrete, prepared, work))
 
 
 def by_layer(
@@ -115,7 +66,7 @@ def _finite(a: Tensor) -> Tensor:
 
 
 class AttributeEstimator(SupervisedEstimator):
-    """Score layers by how single units relate to attributes of the samples, from a bank of rows.
+    """Score layers against attributes of the samples, such as labels, from a bank of rows.
 
     Args:
         in_key: Key of the latents, ``(*lead, n, d)``.
@@ -158,18 +109,24 @@ class AttributeEstimator(SupervisedEstimator):
             )
 
     def _table(self, scores: Sequence[Sequence[Tensor | None]], lead: Sequence[int]) -> TensorDict:
-        """Lay the scores of layers and data sets out, NaN for layers that are not finite."""
-        known = next((x for layer in scores for x in layer if x is not None), torch.zeros(1, dtype=torch.float64))
-        blank, size = torch.full_like(known, torch.nan), len(known)
-        rows = [torch.stack([blank if x is None else x for x in layer]).view(*lead, size) for layer in scores]
-        finite = torch.tensor([[x is not None for x in layer] for layer in scores], device=known.device)
-        score, fine = torch.stack(rows, -2), finite.mT.reshape(*lead, len(scores))
+        """Lay the scores of layers and data sets out, and name what is NaN."""
+        score = laid_out(scores, lead)
+        finite = torch.tensor([[x is not None for x in layer] for layer in scores], device=score.device)
+        fine = finite.mT.reshape(*lead, len(scores))
         bad = (score.isnan() & fine.unsqueeze(-1)).flatten(0, -2).any(0).nonzero().squeeze(-1).tolist()
         if bad:
-            names = self.target_names(size)
+            names = self.target_names(score.shape[-1])
             warnings.warn(
                 f"{self.spec.name}: {', '.join(repr(names[i]) for i in bad)} is NaN in some layer, for it is constant, "
                 "or determined by another attribute, among the rows that were kept",
                 stacklevel=3,
             )
         return TensorDict({"score": score, "finite": fine})
+
+
+def laid_out(values: Sequence[Sequence[Tensor | None]], lead: Sequence[int]) -> Float[Tensor, "*lead l m"]:
+    """Lay the m values of each layer (outside) and data set (inside) out; NaN for layers that are not finite."""
+    known = next((x for layer in values for x in layer if x is not None), torch.zeros(1, dtype=torch.float64))
+    blank = torch.full_like(known, torch.nan)
+    rows = [torch.stack([blank if x is None else x for x in layer]).view(*lead, len(known)) for layer in values]
+    return torch.stack(rows, -2)
