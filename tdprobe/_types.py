@@ -18,9 +18,9 @@ class _Inert:
 
 # Shapes are checked under pytest only (its plugin loads jaxtyping first); importing it otherwise would cost every user.
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float, Int, Real
 else:
-    Bool = Float = Int = _Inert
+    Bool = Float = Int = Real = _Inert
 
 
 class _UnraveledKeyMeta(type):
@@ -49,4 +49,4 @@ def named_forward(model: nn.Module) -> nn.Module:
     return named_forward(inner) if hands_on else model
 
 
-__all__ = ["Bool", "Float", "Int", "UnraveledKey", "named_forward"]
+__all__ = ["Bool", "Float", "Int", "Real", "UnraveledKey", "named_forward"]

@@ -10,8 +10,10 @@ from tdprobe.latent.disentanglement.columns import EQUAL, Columns, digamma_table
 from tdprobe.latent.disentanglement.radii import Chosen, Plane, Range, radii, taken
 
 # Numbers in a tensor of one chunk: few enough for the cache of a processor; a graphics card takes more.
-CHUNK = {"cpu": 2**15}
+CHUNK = {"cpu": 2**16}
 LARGE_CHUNK = 2**23
+# From this share of unclear samples on, measuring all again is faster.
+MANY = 1 / 8
 
 
 def kraskov(x: Columns, y: Columns, k: int) -> Float[Tensor, "c m"]:
@@ -49,18 +51,26 @@ def kraskov(x: Columns, y: Columns, k: int) -> Float[Tensor, "c m"]:
 
 
 def _terms(plane: Plane, k: int, digamma: Tensor) -> Float[Tensor, "c m n"]:
+    """Count in whole numbers, and again where rounding may have made a difference."""
+    radius, terms, flat = _counted(plane.rounded, k, digamma)
+    if len(flat) > MANY * terms.numel():
+        radius, terms, flat = _counted(plane, k, digamma)
+    else:
+        radius = Chosen(plane, flat).radii(plane.unrounded(radius, flat), k)
+    terms.view(-1)[flat] = _resolved(plane, flat, radius, digamma)
+    return terms
+
+
+def _counted(plane: Plane, k: int, digamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count what is clearly nearer than the k-th neighbour; return radii and places of samples where more may be."""
     radius = radii(plane, k)
-    ranges = plane.near(radius)
+    inner, outer = plane.border(radius)
+    ranges = plane.near(inner)
     (x_first, x_end), (y_first, y_end) = ranges
     terms = digamma[k] - digamma[x_end - x_first] - digamma[y_end - y_first]
-    zero = radius == 0
-    if bool(zero.any()):
-        terms = torch.where(zero, _copies(plane, digamma), terms)
-    unclear = ~zero & (_borders(plane, radius, *ranges) != 1)
-    flat = unclear.flatten().nonzero().squeeze(-1)
-    if len(flat):
-        terms.view(-1)[flat] = _resolved(plane, flat, radius.flatten()[flat], digamma)
-    return terms
+    unclear = (_borders(plane, outer, *ranges) != 1) | (inner <= 0)
+    flat = unclear.view(-1).nonzero().squeeze(-1)
+    return radius.view(-1)[flat], terms, flat
 
 
 def _copies(plane: Plane, digamma: Tensor) -> Float[Tensor, "c m n"]:
@@ -75,25 +85,33 @@ def _copies(plane: Plane, digamma: Tensor) -> Float[Tensor, "c m n"]:
 
 
 def _borders(plane: Plane, radius: Tensor, x: Range, y: Range) -> Int[Tensor, "c m n"]:
-    """Count the values at the radius, of which there is one in general; up to two at each end."""
+    """Count the values beyond ranges but within a radius, of which there is one in general; up to two at each end."""
     found = torch.zeros_like(x[0])
     c, m, n = radius.shape
+    latent, attribute = (torch.arange(size, dtype=found.dtype, device=found.device) for size in (c, m))
     sides = (
-        (plane.x, torch.arange(c, device=radius.device).view(c, 1, 1), plane.along, 1.0, x),
-        (plane.y, torch.arange(m, device=radius.device).view(m, 1), plane.across, plane.factor, y),
+        (plane.x, latent.view(c, 1, 1), plane.along, 1, x),
+        (plane.y, attribute.view(m, 1), plane.across, plane.factor, y),
     )
-    limit = radius * (1 + EQUAL)
     for columns, column, centre, factor, (first, end) in sides:
         for place in (first - 2, first - 1, end, end + 1):
             at = column * n + place.clamp(0, n - 1)
             distance = taken(columns.values, at).sub_(centre).abs_().mul_(factor)
-            found += (place >= 0) & (place < n) & (distance <= limit)
+            found += (place >= 0) & (place < n) & (distance <= radius)
     return found
 
 
 def _resolved(plane: Plane, flat: Tensor, radius: Tensor, digamma: Tensor) -> Float[Tensor, " q"]:
-    """Count in half-open boxes where several neighbours lie on the border."""
-    chosen = Chosen(plane, flat)
+    """Count copies where the radius is 0, and in half-open boxes where several neighbours may lie on the border."""
+    terms = torch.empty_like(radius)
+    zero = radius == 0
+    if bool(zero.any()):
+        terms[zero] = _copies(plane, digamma).view(-1)[flat[zero]]
+    terms[~zero] = _half_open(Chosen(plane, flat[~zero]), radius[~zero], digamma)
+    return terms
+
+
+def _half_open(chosen: Chosen, radius: Tensor, digamma: Tensor) -> Float[Tensor, " q"]:
     closed = chosen.ranges(radius, closed=True)
     open_x, open_y, closed_x, closed_y = (digamma[end - first] for first, end in (*chosen.ranges(radius), *closed))
     terms = torch.empty_like(radius)

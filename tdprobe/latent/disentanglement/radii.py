@@ -9,14 +9,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tdprobe._types import Float, Int
-from tdprobe.latent.disentanglement.columns import Columns, inside
+from tdprobe._types import Float, Int, Real
+from tdprobe.latent.disentanglement.columns import EQUAL, WIDTH, Columns, infinity, inside
 
 Range = tuple[Tensor, Tensor]
 # Numbers in a block of candidates.
-BLOCK = 2**18
+BLOCK = 2**16
 # How many neighbours to look at between two looks at who is done, and the share that may be left over.
 STRIDE, REST = 8, 0.05
+# A rounded distance, that of the k-th neighbour too, is off by at most 1 and the little that float64 rounds. If two of
+# them differ by 3, the exact ones do by nearly 1, and are not `EQUAL`: a share of that of the largest is 0.05.
+SLACK = 2
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class Plane:
     y: Columns
 
     @cached_property
-    def factor(self) -> Float[Tensor, "c m 1"]:
-        """Units of the latent per unit of the attribute."""
+    def factor(self) -> Real[Tensor, "c m 1"]:
+        """Units of the latent per unit of the attribute, which are the same after rounding."""
+        if not self.x.values.is_floating_point():
+            return torch.ones(len(self.x.values), len(self.y.values), 1, dtype=torch.int32, device=self.x.values.device)
         return (self.x.scale.unsqueeze(1) / self.y.scale).unsqueeze(-1)
 
     @cached_property
@@ -45,15 +50,36 @@ class Plane:
         return self.y.place[:, self.x.order].transpose(0, 1).contiguous()
 
     @cached_property
-    def across(self) -> Float[Tensor, "c m n"]:
+    def across(self) -> Real[Tensor, "c m n"]:
         """Attribute of each sample."""
         m, n = self.y.values.shape
         return taken(self.y.values, self.places + n * torch.arange(m, device=self.places.device).unsqueeze(-1))
 
     @cached_property
-    def along(self) -> Float[Tensor, "c m n"]:
+    def along(self) -> Real[Tensor, "c m n"]:
         """Latent of each sample."""
         return self.x.values.unsqueeze(1).expand(self.places.shape)
+
+    @cached_property
+    def unit(self) -> Float[Tensor, ""]:
+        """How many of the whole numbers in `rounded` are a standard deviation."""
+        # Half a range is a standard deviation or more.
+        return WIDTH / torch.cat([axis.half / axis.scale for axis in (self.x, self.y)]).clamp(min=1).max()
+
+    @cached_property
+    def rounded(self) -> Plane:
+        """Round values to whole numbers, of which differences are exact and which take half the memory."""
+        return Plane(self.x.rounded(self.unit), self.y.rounded(self.unit))
+
+    def unrounded(self, radius: Int[Tensor, " q"], flat: Int[Tensor, " q"]) -> Float[Tensor, " q"]:
+        """Bound the radii of samples, places in the flattened ``(c, m, n)``, from above by the rounded ones."""
+        return (radius + SLACK) * (self.x.scale / self.unit)[flat // self.places[0].numel()]
+
+    def border(self, radius: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the least and the largest distance that may be equal to a radius."""
+        if self.x.values.is_floating_point():
+            return radius, radius * (1 + EQUAL)
+        return radius - SLACK, radius + SLACK
 
     def near(self, radius: Tensor, *, closed: bool = False) -> tuple[Range, Range]:
         """Find the range of values within a radius ``(c, m, n)`` of each sample, in the latent and in the attribute."""
@@ -64,16 +90,13 @@ class Plane:
         return x, inside(self.y.padded, attribute, self.across, radius, self.factor, closed=closed)
 
 
-def radii(plane: Plane, k: int) -> Float[Tensor, "c m n"]:
+def radii(plane: Plane, k: int) -> Real[Tensor, "c m n"]:
     """Measure the distance of every sample to its k-th neighbour."""
     nearest, left = _sweep(plane, k)
     if len(left):
         chosen = Chosen(plane, left)
         radius = torch.minimum(nearest.view(-1)[left], _beside(chosen, left, k))
-        for rows, dx, dy in chosen.blocks(chosen.ranges(radius)):
-            if dx.shape[-1] > k:
-                radius[rows] = torch.minimum(radius[rows], _kth(dx, dy, k))
-        nearest.view(-1)[left] = radius
+        nearest.view(-1)[left] = chosen.radii(radius, k)
     return nearest
 
 
@@ -92,26 +115,28 @@ def _beside(chosen: Chosen, flat: Tensor, k: int) -> Tensor:
     return _kth(*chosen.distances(slice(None), place, by_x=False), k)
 
 
-def _sweep(plane: Plane, k: int) -> tuple[Float[Tensor, "c m n"], Int[Tensor, " q"]]:
+def _sweep(plane: Plane, k: int) -> tuple[Real[Tensor, "c m n"], Int[Tensor, " q"]]:
     """Compare each sample with those at 1, 2, ... places in the latent; return distances and who is not done."""
-    x, y, factor = plane.x.values, plane.across, plane.factor
+    x, y, factor, scaled = plane.x.values, plane.across, plane.factor, plane.x.values.is_floating_point()
     n = x.shape[-1]
-    best = [torch.full_like(y, torch.inf) for _ in range(k)]
-    # Memory that is asked for anew in every step would cost as much as the steps.
-    memory = [torch.empty_like(y) for _ in range(3)]
+    # The attribute, memory for three steps of a sort, and the nearest distances: one tensor, for slicing costs time.
+    held = y.new_full((4 + k, *y.shape), infinity(y))
+    held[0] = y
     limit = min(n - 1, int(2 * (k * n) ** 0.5) + STRIDE)
     left = torch.ones_like(y, dtype=torch.bool)
     for step in range(1, limit + 1):
-        gap, *rest = (buffer[..., : n - step] for buffer in memory)
-        torch.sub(y[..., step:], y[..., :-step], out=gap).abs_().mul_(factor)
+        (before, gap, *low), (after, _, *high) = (held.narrow(-1, at, n - step).unbind() for at in (0, step))
+        torch.sub(after, before, out=gap).abs_()
+        if scaled:
+            gap.mul_(factor)
         torch.maximum(gap, (x[:, step:] - x[:, :-step]).unsqueeze(1), out=gap)
-        _insert([b[..., :-step] for b in best], gap, rest)
-        _insert([b[..., step:] for b in best], gap, rest)
+        _insert(low[2:], gap, low[:2])
+        _insert(high[2:], gap, low[:2])
         if step % STRIDE == 0 or step == limit:
-            left = _ahead(x, step + 1).unsqueeze(1) < best[-1]
+            left = _ahead(x, step + 1).unsqueeze(1) < held[-1]
             if int(left.sum()) <= REST * left.numel():
                 break
-    return best[-1], left.view(-1).nonzero().squeeze(-1)
+    return held[-1], left.view(-1).nonzero().squeeze(-1)
 
 
 def _insert(best: list[Tensor], value: Tensor, memory: list[Tensor]) -> None:
@@ -127,8 +152,8 @@ def _ahead(x: Tensor, step: int) -> Tensor:
     """Measure how far the nearer of those ``step`` places before and after is along the latent; inf without any."""
     gap = x[:, step:] - x[:, :-step]
     wall = [(step, 0), (0, step)] if step < x.shape[-1] else []
-    sides = [torch.nn.functional.pad(gap, ends, value=torch.inf) for ends in wall]
-    return torch.minimum(*sides) if sides else torch.full_like(x, torch.inf)
+    sides = [torch.nn.functional.pad(gap, ends, value=infinity(x)) for ends in wall]
+    return torch.minimum(*sides) if sides else torch.full_like(x, infinity(x))
 
 
 class Chosen:
@@ -172,7 +197,15 @@ class Chosen:
                 beyond = offset >= count[some].unsqueeze(-1)
                 place = (first[some].unsqueeze(-1) + offset).masked_fill_(beyond, 0)
                 dx, dy = self.distances(some, place, by_x=axis)
-                yield some, dx.masked_fill_(beyond, torch.inf), dy.masked_fill_(beyond, torch.inf)
+                yield some, dx.masked_fill_(beyond, infinity(dx)), dy.masked_fill_(beyond, infinity(dy))
+
+    def radii(self, radius: Tensor, k: int) -> Tensor:
+        """Measure the distances to the k-th neighbours, which are at most a radius."""
+        radius = radius.clone()
+        for rows, dx, dy in self.blocks(self.ranges(radius)):
+            if dx.shape[-1] > k:
+                radius[rows] = torch.minimum(radius[rows], _kth(dx, dy, k))
+        return radius
 
     def distances(self, some: Tensor | slice, place: Tensor, *, by_x: bool) -> tuple[Tensor, Tensor]:
         """Measure the distances to candidates, which are places in the sorted latent or attribute."""

@@ -13,7 +13,7 @@ from tdprobe.latent.disentanglement import kraskov as module
 from tdprobe.latent.disentanglement import mutual_information
 from tdprobe.latent.disentanglement.classes import class_entropy, contingency
 from tdprobe.latent.disentanglement.classes import ross as fast_ross
-from tdprobe.latent.disentanglement.columns import Columns, inside
+from tdprobe.latent.disentanglement.columns import WIDTH, Columns, inside
 from tdprobe.latent.disentanglement.kraskov import kraskov as fast_kraskov
 from tdprobe.latent.disentanglement.kraskov import kraskov_entropy
 from tdprobe.latent.disentanglement.radii import Plane, radii
@@ -25,6 +25,14 @@ def columns(*arrays):
 
 def continuous(n, c, seed=0):
     return np.random.default_rng(seed).normal(size=(n, c))
+
+
+SPREAD = {
+    "normal": continuous(100, 2).T,
+    "heavy": continuous(100, 2, 1).T ** 9,
+    "one far away": np.where(np.arange(100) == 0, 1e8, continuous(100, 2, 2).T),
+    "scales": continuous(100, 2, 3).T * [[1e-155], [1e120]],
+}
 
 
 class TestCountsInALine:
@@ -71,6 +79,30 @@ class TestRadii:
                 d = np.maximum(abs(u[:, None] - u), abs(v[:, None] - v) * factor)
                 np.testing.assert_array_equal(found[c, m].numpy(), np.sort(d, 1)[:, 3])
 
+    @pytest.mark.parametrize("shape", [*SPREAD, *tied_columns()])
+    def test_rounded_are_off_by_less_than_one(self, shape):
+        x, y = SPREAD[shape] if shape in SPREAD else tied_columns()[shape]
+        plane = Plane(columns(x), columns(y))
+        for axis, rounded in ((plane.x, plane.rounded.x), (plane.y, plane.rounded.y)):
+            whole, exact = rounded.values[0].double(), axis.values[0] * (float(plane.unit) / float(axis.scale))
+            assert rounded.values.dtype == torch.int32 and rounded.values.abs().max() <= WIDTH
+            # What float64 keeps of values far from 0 is what it may lose in the product above.
+            lost = float(exact.abs().max()) * 2**-50
+            assert (whole - whole[:, None] - (exact - exact[:, None])).abs().max() <= 1 + 1e-4 + lost
+
+    @pytest.mark.parametrize("shape", [*SPREAD, *tied_columns()])
+    @pytest.mark.parametrize("k", [1, 3])
+    def test_of_rounded_values_bound_those_of_exact_ones(self, shape, k):
+        x, y = SPREAD[shape] if shape in SPREAD else tied_columns()[shape]
+        plane = Plane(columns(x), columns(y))
+        found, flat = radii(plane.rounded, k), torch.arange(len(x))
+        u, v = plane.rounded.x.values[0], plane.rounded.across[0, 0]
+        distance = torch.maximum((u[:, None] - u).abs(), (v[:, None] - v).abs())
+        assert torch.equal(found[0, 0], distance.sort(-1).values[:, k])
+        exact = radii(plane, k)[0, 0]
+        above, unit = plane.unrounded(found.flatten(), flat), float(plane.x.scale / plane.unit)
+        assert (exact < above * (1 - EQUAL)).all() and (exact > above - 4 * unit).all()
+
 
 class TestContinuous:
     @pytest.mark.parametrize("n", [4, 5, 30, 400])
@@ -85,6 +117,33 @@ class TestContinuous:
         x, y = tied_columns()[name]
         found = fast_kraskov(columns(x), columns(y), 3)
         assert float(found) == pytest.approx(kraskov(x, y), rel=1e-12, abs=1e-13)
+
+    @pytest.mark.parametrize("size", [1e-6, 1e-7, 3e-8, 1e-9, 1e-11])
+    @pytest.mark.parametrize("offset", [0.0, 1e4])
+    @pytest.mark.parametrize("copies", [8, 100])
+    def test_differences_that_rounding_would_not_see(self, size, offset, copies):
+        # Few and many samples are so close to others that neither int32 nor float32 tells them apart.
+        z = continuous(200, 2)
+        z[:copies] = z[copies // 2] + size * continuous(copies, 2, 1)
+        x, y = (z + offset).T
+        for k in (1, 3):
+            assert float(fast_kraskov(columns(x), columns(y), k)) == pytest.approx(
+                kraskov(x, y, k), rel=1e-12, abs=1e-13
+            )
+
+    @pytest.mark.parametrize("seed", range(8))
+    def test_borders_that_rounding_puts_in_another_order(self, seed):
+        # The nearest neighbour of some samples differs from them in y by as much, but for less than rounding keeps, as
+        # another sample does in x, which is far in y.
+        g = np.random.default_rng(seed)
+        x, y = g.normal(size=(2, 200))
+        gap, more = g.uniform(1e-4, 1e-3, 6), g.uniform(-1e-8, 1e-8, 6)
+        x[6:12] = x[:6]
+        for _ in range(9):  # which moves the standard deviations too
+            x[12:18], y[6:12] = x[:6] + (gap + more) * np.std(x), y[:6] + gap * np.std(y)
+        plane = Plane(columns(x), columns(y))
+        assert 6 <= len(module._counted(plane.rounded, 1, torch.zeros(201))[-1]) <= 25
+        assert float(fast_kraskov(columns(x), columns(y), 1)) == pytest.approx(kraskov(x, y, 1), rel=1e-12, abs=1e-13)
 
     @pytest.mark.parametrize("name", tied_columns())
     @pytest.mark.parametrize("k", [1, 2, 5])
@@ -131,7 +190,11 @@ class TestContinuous:
             assert float(kraskov_entropy(columns(u), 3)) == pytest.approx(kraskov(u, u), rel=1e-12, abs=1e-12)
 
     @settings(max_examples=25, deadline=None)
-    @given(st.integers(0, 10**6), st.sampled_from(list(tied_columns(16))), st.sampled_from([-1.0, 1 / 3, 0.1, 7e9]))
+    @given(
+        st.integers(0, 10**6),
+        st.sampled_from(list(tied_columns(16))),
+        st.sampled_from([-1.0, 1 / 3, 0.1, 7e9, 1e-200, 1e200]),
+    )
     def test_shift_scale_sign_and_swap(self, seed, name, scale):
         x, y = tied_columns(16, seed)[name]
         if name in ("tiny differences", "far off"):
