@@ -102,8 +102,9 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
 def _mark_null(ax: Axes, p: np.ndarray | None) -> None:
     if p is not None and (limit := null_limit(p)) is not None:
         rows, columns = np.nonzero(np.nan_to_num(p) > limit)
-        # Light inside dark shows on every colour.
-        ax.scatter(columns, rows, s=9, c="white", edgecolors="black", linewidths=0.5)
+        # Light inside dark shows on every colour; where a cell holds its number, the dot is below.
+        below = 0.3 if max(p.shape) <= NUMBERED_LAYERS else 0.0
+        ax.scatter(columns, rows - below, s=9, c="white", edgecolors="black", linewidths=0.5)
 
 
 def _size(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:

@@ -226,11 +226,14 @@ def test_dots_mark_what_unrelated_rows_reach_and_the_title_says_so():
     p = np.array([[0.05, 0.4], [np.nan, 0.05]])
     figure = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], estimator="cka", n=9, p=p)
     (dots,) = figure.axes[0].collections
-    assert dots.get_offsets().tolist() == [[1.0, 0.0]]
+    assert dots.get_offsets().tolist() == [[1.0, -0.3]]  # below the number in the cell
     assert figure.axes[0].get_title(loc="left").endswith("dots: p > 0.05")
     few = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.array([[0.1, 0.1], [0.1, 0.3]]))
-    assert few.axes[0].collections[0].get_offsets().tolist() == [[1.0, 1.0]]
+    assert few.axes[0].collections[0].get_offsets().tolist() == [[1.0, 0.7]]
     assert few.axes[0].get_title(loc="left").endswith("dots: p > 0.1")
+    names = [f"h.{i}" for i in range(9)]
+    bare = heatmap(np.eye(9), names, names, p=np.where(np.eye(9) > 0, 0.01, 0.01 + 0.5 * (np.arange(9) == 4)))
+    assert not bare.axes[0].texts and bare.axes[0].collections[0].get_offsets().tolist()[0] == [4.0, 0.0]
     plain = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.full((2, 2), 0.01))
     assert not plain.axes[0].collections and "dots" not in plain.axes[0].get_title(loc="left")
 
