@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from tdprobe.contexts import HookingContext, HookingContextFactory, HookingContextWithCache, Site
-from tdprobe.errors import TdprobeError
+from tdprobe.errors import ConfigError, TdprobeError
 from tdprobe.hooks import Hook, MultiHookHandle
 from tdprobe.latent import ActivationCaching
 from tdprobe.modules import HookedModule
@@ -55,6 +56,19 @@ def values(context: Any) -> dict[str, float]:
 
 
 # Entering and leaving.
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("demo", r"takes a torch.nn.Module, got 'demo'; tdprobe.hf.load\(name\).model is one"),
+        (SimpleNamespace(model=nn.Linear(2, 2)), "got a SimpleNamespace; prepare its .model$"),
+        (nn.Linear, "got a type"),
+    ],
+)
+def test_what_is_no_module_is_refused_by_name(given, said):
+    with pytest.raises(ConfigError, match=said):
+        ActivationCaching("").prepare(given)
 
 
 def test_nothing_is_installed_by_prepare_and_nothing_is_left_by_the_block(hooks_of: Any) -> None:
