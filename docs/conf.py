@@ -36,13 +36,15 @@ templates_path = ["_templates"]
 
 def estimator_table() -> str:
     """Describe every registered estimator by its Spec."""
-    specs = [registry.get(name).spec for name in registry.names()]
-    lines = ["| name | scores | range | larger means | unchanged under | paper |", "|---|---|---|---|---|---|"]
-    for spec in specs:
+    found = [registry.get(name) for name in registry.names()]
+    lines = ["| name, class | scores | range | larger means | unchanged under | paper |", "|---|---|---|---|---|---|"]
+    for estimator in found:
+        spec, path = estimator.spec, f"{estimator.__module__}.{estimator.__qualname__}"
         unchanged = ", ".join(sorted(spec.invariant_to))
         bounds = f"{spec.bounds[0]:g} to {spec.bounds[1]:g}"
         scores = {"pair": "pairs of layers", "layer": "layers"}.get(spec.kind, spec.kind)
-        lines.append(f"| `{spec.name}` | {scores} | {bounds} | {spec.larger_means} | {unchanged} | {spec.reference} |")
+        name = f"`{spec.name}` {{py:class}}`~{path}`"
+        lines.append(f"| {name} | {scores} | {bounds} | {spec.larger_means} | {unchanged} | {spec.reference} |")
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ def tdprobe() -> None:
 
 @app.command()
 def layers(
-    model: Annotated[str, typer.Argument(help="Folder, owner/model[@revision], or demo.")],
+    model: Annotated[str, typer.Argument(help="Folder, owner/model, owner/model@revision, or demo.")],
     every: Annotated[bool, typer.Option("--all", help="One line per module instead of one per kind.")] = False,
 ) -> None:
     """List the modules of MODEL that can be hooked: pattern to paste, class, output shape."""
@@ -54,7 +54,10 @@ def layers(
 
 @app.command()
 def estimators() -> None:
-    """List the estimators by name: what they score, what a larger score means, the paper."""
+    """List the estimators by name: what they score, what a larger score means, the paper.
+
+    Those that are supervised read labels or attributes as well, which only LayerScoring in Python can give them.
+    """
     from tdprobe import registry
 
     specs = [registry.get(name).spec for name in registry.names()]
@@ -65,7 +68,9 @@ def estimators() -> None:
 
 @app.command()
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Folders, owner/model[@revision], demo, or saved rows.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, owner/model, owner/model@revision, demo, or saved rows.")
+    ],
     data: Annotated[str | None, typer.Option(help="Text file (a sample per line), JSONL, or demo.")] = None,
     layers: Annotated[str | None, typer.Option(help="Pattern of layers; by default the repeated blocks.")] = None,
     estimators: Annotated[str, typer.Option(help="Comma-separated registry names.")] = "cka",

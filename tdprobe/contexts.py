@@ -14,7 +14,7 @@ from tdprobe._context import HookingContext, InKeys, Site
 from tdprobe._types import UnraveledKey
 from tdprobe.errors import ConfigError
 from tdprobe.hooks import MultiHookHandle
-from tdprobe.modules import HookedModule, require_keys
+from tdprobe.modules import HookedModule, require_keys, require_module
 
 
 class HookingContextFactory:
@@ -74,8 +74,9 @@ class HookingContextFactory:
             return_context: ``False`` enters at once and returns the hooked module; ``hooked.restore()`` undoes it.
 
         Raises:
-            ConfigError: A key is malformed, or not among a TensorDict module's own.
+            ConfigError: It is no module, or a key is malformed, or not among a TensorDict module's own.
         """
+        require_module(module)
         if isinstance(module, TensorDictModuleBase):
             require_keys("in_keys", list(in_keys or ()), module.in_keys)
             require_keys("out_keys", list(out_keys or ()), module.out_keys)

@@ -29,6 +29,21 @@ def user_model(module: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def require_module(module: Any) -> None:
+    """Refuse what is no module, such as the name of a model, or a model with its tokenizer.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if isinstance(module, nn.Module):
+        return
+    inner = next((name for name in ("model", "module") if isinstance(getattr(module, name, None), nn.Module)), None)
+    hint = f"prepare its .{inner}" if inner else "tdprobe.hf.load(name).model is one, of a checkpoint"
+    # A repr would print the whole model.
+    got = repr(module) if isinstance(module, str) else f"a {type(module).__name__}"
+    raise ConfigError(f"prepare() takes a torch.nn.Module, got {got}; {hint}")
+
+
 def is_hugging_face(module: nn.Module) -> bool:
     """Tell a transformers model without importing transformers."""
     return isinstance(getattr(named_forward(user_model(module)), "main_input_name", None), str)

@@ -254,6 +254,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "batch size": (["{base}", "--batch-size", "0"], "got batch_size=0"),
     "dtype": (["{base}", "--dtype", "float33"], "unknown dtype 'float33'"),
     "device": (["{base}", "--device", "gpu"], "got the device 'gpu'"),
+    "absent device": (["{base}", "--device", "cuda:99"], "got the device 'cuda:99', which this machine or this build"),
+    "labels": (["{base}", "--estimators", "cka,mig"], "'mig' reads 'attributes' .* in Python, LayerScoring"),
+    "no such token": (["{base}", "--tokens", "500"], "no row has been scored yet.*tokens='500' and skip_first=1 leave"),
     "too few rows": (["{base}", "--data", "{root}/few.txt", "--tokens", "last"], "got 2 rows.*at least 4"),
     "row counts": (["{base}", "{root}/words", "--tokens", "all"], r"rows 'base': \d+, 'words': \d+.*tokens='last'"),
     "row counts in turns": (

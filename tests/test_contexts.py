@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,25 @@ from torch import nn
 
 from context_tools import Editing, X, chain, values
 from tdprobe.contexts import HookingContext, HookingContextFactory, HookingContextWithCache
-from tdprobe.errors import TdprobeError
+from tdprobe.errors import ConfigError, TdprobeError
 from tdprobe.hooks import MultiHookHandle
 from tdprobe.latent import ActivationCaching
 from tdprobe.modules import HookedModule
 
 # Entering and leaving.
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("demo", r"takes a torch.nn.Module, got 'demo'; tdprobe.hf.load\(name\).model is one"),
+        (SimpleNamespace(model=nn.Linear(2, 2)), "got a SimpleNamespace; prepare its .model$"),
+        (nn.Linear, "got a type"),
+    ],
+)
+def test_what_is_no_module_is_refused_by_name(given, said):
+    with pytest.raises(ConfigError, match=said):
+        ActivationCaching("").prepare(given)
 
 
 def test_nothing_is_installed_by_prepare_and_nothing_is_left_by_the_block(hooks_of: Any) -> None:

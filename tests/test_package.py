@@ -91,6 +91,16 @@ def test_every_public_object_has_a_docstring(name: str):
     assert not [n for n, o in own if o.__module__.startswith("tdprobe") and not is_described(o)]
 
 
+def test_no_name_hides_the_file_that_others_are_described_in():
+    # The reference asks for a file by its dotted path, and gets an object of that name where there is one.
+    for path in sorted((PACKAGE / "latent").rglob("__init__.py")):
+        package = ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for name in getattr(room := importlib.import_module(package), "__all__", ()):
+            file = getattr(getattr(room, name), "__module__", "")
+            if file.rpartition(".")[0] == package:
+                assert file.endswith(f".{name}") or inspect.ismodule(getattr(room, file.rpartition(".")[2])), name
+
+
 def test_every_folder_with_code_is_a_package():
     # import-linter and the wheel pass over a folder that is none, without a word.
     assert not {path.parent for path in SOURCES if not (path.parent / "__init__.py").exists()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdprobe.compare.parts import Part
 from tdprobe.compare.rows import joint_name
-from tdprobe.errors import ConfigError, StateError
+from tdprobe.errors import ConfigError
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.state import layer_list
 from tdprobe.stream.batch import Batch
@@ -93,6 +93,11 @@ class Banks:
         return self._banks[name]
 
     @property
+    def sampled(self) -> bool:
+        """Whether any checkpoint has rows, without which there is nothing to join."""
+        return bool(self._batches())
+
+    @property
     def n(self) -> int:
         """Rows that every checkpoint has, of those that have any."""
         kept = [set(batch.ids.tolist()) for batch in self._batches().values()]
@@ -105,15 +110,9 @@ class Banks:
             The rows of all layers, in one order and on one device, and the number of rows left out.
 
         Raises:
-            StateError: There are no rows.
             ConfigError: No row is common.
         """
         batches = self._batches()
-        if not batches:
-            raise StateError(
-                "no row has been scored yet: run the comparison first, on texts with tokens that tokens= and "
-                "skip_first= leave to be scored"
-            )
         sizes = {name: batch.n for name, batch in batches.items()}
         ids = torch.tensor(
             sorted(set.intersection(*(set(batch.ids.tolist()) for batch in batches.values()))), dtype=torch.int64

@@ -11,6 +11,7 @@ from tdprobe.compare.checkpoints import Checkpoint
 from tdprobe.compare.rows import LayerRows, is_per_text
 from tdprobe.compare.units import data_facts, unit_size
 from tdprobe.errors import ConfigError
+from tdprobe.estimator import Estimator
 from tdprobe.hooks.match import block_pattern, compile_pattern
 from tdprobe.modules import user_model
 from tdprobe.stream.tokens import TokenClause, tokens_text
@@ -43,7 +44,8 @@ class Reading:
     ) -> None:
         self.layers = _patterns(checkpoints, layers)
         self._rows: dict[str, Any] = {"tokens": tokens, "skip_first": skip_first}
-        self.per_text = is_per_text(TokenClause(**self._rows))
+        self.clause = TokenClause(**self._rows)
+        self.per_text = is_per_text(self.clause)
         self._tokenizing: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
 
     @property
@@ -79,6 +81,22 @@ class Reading:
             )
         device = next(loaded.model.parameters()).device
         return hf.batches(list(batches), loaded.tokenizer, device=device, **self._tokenizing)
+
+
+def require_no_targets(estimators: dict[str, Estimator]) -> dict[str, Estimator]:
+    """Refuse estimators that read labels or the like, which batches of a comparison do not bring.
+
+    Raises:
+        ConfigError: One does.
+    """
+    for label, estimator in estimators.items():
+        if keys := list(map(str, estimator.target_keys)):
+            more = ", ".join(f"{key}=..." for key in keys)
+            raise ConfigError(
+                f"{label!r} reads {' and '.join(map(repr, keys))} along with the layers, which a comparison does not "
+                f"have; in Python, LayerScoring(pattern, [{label!r}]) takes them with each call: hooked(x, {more})"
+            )
+    return estimators
 
 
 def _are_texts(batches: Any) -> bool:

@@ -17,7 +17,7 @@ from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.saved import flatten, restore
 from tdprobe.stats.state import by_layer
 
-KIND, WHAT = "tdprobe.rows", "a file of rows that LayerComparison.save_rows or --save-rows wrote, or a model folder"
+KIND, WHAT = "tdprobe.rows", "a file of rows that SavedRows.save or --save-rows wrote (a model is given by its folder)"
 
 
 @dataclass(frozen=True)

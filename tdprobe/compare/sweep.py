@@ -15,7 +15,7 @@ from tdprobe.compare.banks import Banks
 from tdprobe.compare.checkpoints import Checkpoint, as_checkpoints, need_one_at_a_time
 from tdprobe.compare.pool import Pool
 from tdprobe.compare.ranks import Ranks
-from tdprobe.compare.reading import Reading
+from tdprobe.compare.reading import Reading, require_no_targets
 from tdprobe.compare.rows import check_batches, joined, parted_name, rows_of
 from tdprobe.compare.saved import SavedRows, check_same_data, check_same_rows, one_by_one
 from tdprobe.compare.sharing import Sharing
@@ -66,7 +66,7 @@ class LayerComparison:
         **scoring: Any,
     ) -> None:
         self.checkpoints = as_checkpoints(models, dtype=dtype, device=device)
-        self.estimators = resolve_estimators(estimators, mode)
+        self.estimators = require_no_targets(resolve_estimators(estimators, mode))
         reading = {"tokens": tokens, "skip_first": skip_first, "batch_size": batch_size, "max_length": max_length}
         self._reading = Reading(self.checkpoints, layers, **reading)
         self._scoring: dict[str, Any] = {"portion": rows_per_update, "max_norm": max_norm, **check_scoring(scoring)}
@@ -120,6 +120,8 @@ class LayerComparison:
         """
         if not self.ranks.first:
             raise StateError(f"this is rank {self.ranks.rank}, and what all have run is on rank 0: score there")
+        if not (self._banks.sampled if self.one_at_a_time else self._pool.n):
+            raise StateError(f"no row has been scored yet: run the comparison first{self._reading.clause.asks}")
         scorer, left_out = self._scorer_of_banks() if self.one_at_a_time else (self._pool.scorer(), self._pool.left_out)
         labels = [parted_name(name) for name in scorer.layers]
         blocks = score_blocks(scorer.scored(), self.estimators, labels)

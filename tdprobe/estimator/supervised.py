@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from tdprobe.errors import ConfigError, MissingKeyError, unknown
+from tdprobe.errors import ConfigError, MissingKeyError
 from tdprobe.estimator.base import Estimator
 from tdprobe.stream.batch import Batch
 
@@ -49,9 +49,10 @@ class SupervisedEstimator(Estimator):
         """
         for key in self.target_keys:
             if key not in batch.targets:
+                there = ", ".join(repr(str(name)) for name in batch.targets) or "nothing"
                 raise MissingKeyError(
-                    f"{type(self).__name__} reads {unknown('target', key, [str(name) for name in batch.targets])}; "
-                    "bring it with each call of the model"
+                    f"{type(self).__name__} reads {key!r} along with the layers, and {there} came along; bring "
+                    f"it with each call of the model: hooked(x, {key}=...)"
                 )
         return [*batch.rows.values(), *(batch.targets[key] for key in self.target_keys)]
 

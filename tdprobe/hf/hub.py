@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tdprobe.errors import ConfigError, closest
 
+# Names of the embedded models.
+DEMOS = ("demo", "demo-encoder")
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -131,12 +133,14 @@ def explain(name: str, source: Source, error: Exception) -> str:
         return f"cannot load {name!r}: the folder holds config.json, but transformers says: {said}"
     here = checkpoints_in(Path())
     near = closest(name, here)
+    meant = closest(name, DEMOS, 1)
+    demo = f" Did you mean {meant[0]!r}?" if meant else ""
     folders = f" Model folders here: {', '.join(map(repr, near or here[:3]))}." if here else ""
     revision = f" at revision {source.revision!r}" if source.revision else ""
     return (
         f"cannot load {name!r}: tried a folder of that name, then the hub model {source.where!r}{revision} "
         "in the local hub cache and online. Check the spelling, the network and, for a gated model, "
-        f"`hf auth login`.{folders} transformers says: {said}"
+        f"`hf auth login`.{demo}{folders} transformers says: {said}"
     )
 
 

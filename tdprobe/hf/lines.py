@@ -79,7 +79,7 @@ def text_of(where: str, row: Any, field: str) -> str:
         raise ConfigError(f"{where} is a JSON {type(row).__name__}; an object with {field!r} is needed.")
     if field not in row:
         near = closest(field, row)
-        hint = f"; did you mean {near[0]!r}?" if near else "; say which one is the text with field=."
+        hint = f"; did you mean {near[0]!r}?" if near else "; say which one is the text with field= (--field)."
         raise ConfigError(f"{where} has no field {field!r}{hint} Its fields: {', '.join(row) or 'none'}.")
     text = row[field]
     if not isinstance(text, str) or not text.strip():

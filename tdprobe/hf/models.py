@@ -14,7 +14,7 @@ from tdprobe.errors import ConfigError, unknown
 from tdprobe.hf import hub
 from tdprobe.hf.demo import converted_path, demo_encoder_path, demo_model_path
 
-DEMO, DEMO_ENCODER = "demo", "demo-encoder"
+DEMO, DEMO_ENCODER = hub.DEMOS
 _VALUES_PER_PARAMETER = 64
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
@@ -60,7 +60,7 @@ def load(
         model, tokenizer = _read(source, dtype)
     except (OSError, ValueError) as error:
         raise ConfigError(hub.explain(name, source, error)) from error
-    return LoadedModel(model.eval().to(device), tokenizer, name, hub.commit(source))
+    return LoadedModel(_moved(model.eval(), device), tokenizer, name, hub.commit(source))
 
 
 def weights_bytes(name: str | Path) -> int | None:
@@ -155,6 +155,20 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"got the device {device!r}; write 'cpu', 'cuda', 'cuda:1' or 'mps'.") from error
+
+
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        # Memory that runs out says so itself.
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = str(error).splitlines()[0]
+        raise ConfigError(
+            f"got the device {str(device)!r}, which this machine or this build of PyTorch does not have ({said}); "
+            "leave it out for the CPU."
+        ) from error
 
 
 def _fingerprint(model: nn.Module) -> str:

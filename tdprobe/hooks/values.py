@@ -50,7 +50,8 @@ def replace_first_tensor(value: Any, new: Tensor) -> Any:
         raise ConfigError(f"there is no tensor to replace in a {type(value).__name__}")
     if old.shape != new.shape:
         raise ConfigError(
-            f"the new value has shape {tuple(new.shape)}, the module gave {tuple(old.shape)}; both must agree"
+            f"the new value has shape {tuple(new.shape)}, the module gave {tuple(old.shape)}; both must "
+            "agree. Where only the lengths of texts differ, tokens= picks tokens that both have"
         )
     return _replace(value, old, new)
 

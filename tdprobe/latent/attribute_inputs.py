@@ -50,6 +50,7 @@ def read(
     dims: int = 1,
     attributes: int = 1,
     wide: bool = True,
+    names: tuple[str, str] = ("z", "a"),
 ) -> Inputs:
     """Check latents and attributes.
 
@@ -62,31 +63,32 @@ def read(
         dims: Least number of latent dimensions.
         attributes: Least number of attributes.
         wide: Ask for at least as many features as attributes.
+        names: What the caller's arguments are called.
 
     Raises:
         ConfigError: Anything else.
     """
-    from_numpy = not isinstance(z, Tensor)
-    z, a = tensor("z", z), tensor("a", a)
+    (of_z, of_a), from_numpy = names, not isinstance(z, Tensor)
+    z, a = tensor(of_z, z), tensor(of_a, a)
     if z.ndim != 2:
-        raise ConfigError(f"z has shape {tuple(z.shape)}; it must be (samples, features)")
+        raise ConfigError(f"{of_z} has shape {tuple(z.shape)}; it must be (samples, features)")
     if a.ndim not in (1, 2):
-        raise ConfigError(f"a has shape {tuple(a.shape)}; it must be (samples,) or (samples, attributes)")
+        raise ConfigError(f"{of_a} has shape {tuple(a.shape)}; it must be (samples,) or (samples, attributes)")
     a = a.to(z.device) if a.ndim == 2 else a.to(z.device).unsqueeze(1)
     if len(a) != len(z):
-        raise ConfigError(f"z has {len(z)} samples and a has {len(a)}; every sample needs both")
+        raise ConfigError(f"{of_z} has {len(z)} samples and {of_a} has {len(a)}; every sample needs both")
     (n, f), m = z.shape, a.shape[1]
     if m < attributes:
         raise ConfigError(
-            f"a has {m} attributes; needed are {attributes} or more, as columns of a (samples, attributes)"
+            f"{of_a} has {m} attributes; needed are {attributes} or more, as columns of {of_a} (samples, attributes)"
         )
     if f < (least := max(m * wide, dims)):
-        raise ConfigError(f"z has {f} features and a has {m} attributes; needed are {least} features or more")
+        raise ConfigError(f"{of_z} has {f} features and {of_a} has {m} attributes; needed are {least} features or more")
     if n <= K:
         raise ConfigError(f"got {n} samples; the estimate counts {K} neighbours and needs at least {K + 1} samples")
     flags = flags_of(discrete, m)
-    _require_finite("z", z)
-    _require_finite("a", a)
+    _require_finite(of_z, z)
+    _require_finite(of_a, a)
     found = regularised(reg_dim, m, f) if reg_dim is not None else tuple(range(m)) if fill else None
     return Inputs(z, classes(a, flags), flags, found, from_numpy)
 

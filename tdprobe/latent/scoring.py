@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tdprobe.errors import StateError
 from tdprobe.estimator import Estimator
 from tdprobe.latent.call_items import ItemModule
 from tdprobe.latent.estimator_list import resolve_estimators
@@ -66,6 +67,8 @@ class ScoringContext(StreamContext):
         """
         factory: LayerScoring = self.factory  # ty: ignore[invalid-assignment]
         scorer = self.scorer
+        if not scorer.n:
+            raise StateError(f"no row has been scored yet: run the model inside the block first{factory.clause.asks}")
         labels = [(factory.name, layer) for layer in scorer.layers]
         blocks = score_blocks(scorer.scored(), scorer.estimators, labels)
         meta = {

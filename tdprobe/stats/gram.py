@@ -168,7 +168,7 @@ def _products(rows: Sequence[Tensor], unbiased: bool) -> tuple[Tensor, Tensor, T
     n, dtype = rows[0].shape[0], working_dtype(rows)
     if unbiased and n < 4:
         raise ConfigError(
-            f"got {n} rows; the unbiased Gram product needs at least 4 in every update: use larger batches"
+            f"got {n} rows; unbiased CKA compares at least 4 at a time: give more or longer texts, or larger batches"
         )
     layers, spread, power = zip(*(_prepare(x, dtype) for x in rows), strict=True)
     spread, power = torch.stack(spread), torch.stack(power)

@@ -21,8 +21,7 @@ from tdprobe.stats.state import Derivation, by_layer, layer_list, working_dtype
 
 # Most rows in a block, and bytes for the blocks of all layers that are needed at once.
 BLOCK, BUDGET = 128, 128 * 2**20
-# Exact measures that ranking in one more layer takes of each row, and the search for their points, after products in
-# float32.
+# Exact measures that ranking in one more layer, and the search for points, take of each row after float32 products.
 DOUBTS = 16
 
 

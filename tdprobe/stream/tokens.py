@@ -109,6 +109,11 @@ class TokenClause:
             if isinstance(part, slice) and not _is_span(part):
                 raise ConfigError(f"a span of tokens has int edges and a step of at least 1, got {part!r}")
 
+    @property
+    def asks(self) -> str:
+        """Say what texts must have for any row to come of them, to end the sentence of an error."""
+        return f", on texts with tokens that tokens={tokens_text(self.tokens)!r} and skip_first={self.skip_first} leave"
+
     def select(self, call: Call) -> Selection:
         """Resolve the clause for one forward pass.
 

@@ -32,6 +32,7 @@ NULL = "isValid(datum.p) ? ', p = ' + format(datum.p, '.3~g') : ''"
 SCORE = f"isValid(datum.value) ? format(datum.value, '.5~g') + ({ERROR}) + ({NULL}) : 'none'"
 # The bright half of viridis, where text must be dark, lies at the low end if small scores mean similar.
 BRIGHT = f"((datum.value - {LOW}) / ({HIGH} - {LOW}) > 0.6) != ranges[estimator].reverse"
+SMALL = f"max(length(datum.layers_a), length(datum.layers_b)) <= {NUMBERED_LAYERS}"
 # A pair of other models may lack the layer that was marked last.
 KNOWN = "hover.layer_a && indexof(datum.layers_a, hover.layer_a[0]) >= 0"
 MARKED = f"{KNOWN} ? hover.layer_a[0] : peek(datum.layers_a)"
@@ -94,15 +95,21 @@ def _frame(alt: Any, spots: dict[str, Any]) -> list[Any]:
 
 
 def _null_dots(alt: Any, spots: dict[str, Any]) -> Any:
-    """Mark the scores that unrelated rows reach too."""
+    """Mark the scores that unrelated rows reach too, below the number where there is one."""
+    below = alt.expr(f"{SMALL} ? 14 : 0")
     within = _unrolled(_rows(alt)).transform_filter("isValid(datum.p) && isValid(datum.limit) && datum.p > datum.limit")
-    return within.mark_circle(size=14, color="white", stroke="black", strokeWidth=0.6, aria=False).encode(**spots)
+    return within.mark_circle(
+        size=14, yOffset=below, color="white", stroke="black", strokeWidth=0.6, aria=False
+    ).encode(**spots)
 
 
 def _numbers(alt: Any, spots: dict[str, Any]) -> Any:
-    small = f"max(length(datum.layers_a), length(datum.layers_b)) <= {NUMBERED_LAYERS} && isValid(datum.value)"
     ink = alt.condition(BRIGHT, alt.value("black"), alt.value("white"))
-    texts = _unrolled(_rows(alt)).transform_filter(small).transform_calculate(short="format(datum.value, '.3~g')")
+    texts = (
+        _unrolled(_rows(alt))
+        .transform_filter(f"{SMALL} && isValid(datum.value)")
+        .transform_calculate(short="format(datum.value, '.3~g')")
+    )
     return texts.mark_text(fontSize=12, aria=False).encode(**spots, text="short:N", color=ink)
 
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 NUMBERED_LAYERS = 8
 NO_SCORE = "0.75"
-SIDE = 4.6
+# Inches of the longer side of the cells, and the least for a side.
+SIDE, LEAST = 4.6, 2.4
 
 
 def heatmap(
@@ -69,14 +70,17 @@ def heatmap(
     values = np.asarray(values, dtype=float)
     if values.shape != (len(layers_a), len(layers_b)):
         raise ConfigError(f"{values.shape} scores do not fit {len(layers_a)} rows and {len(layers_b)} columns.")
+    width, height = _cells(layers_a, layers_b) if ax is None else (SIDE, SIDE)
     figure, ax = canvas(ax, _size(layers_a, layers_b))
     image = _draw(ax, values, (layers_a, layers_b), (checkpoint_a, checkpoint_b), colour_range(values, spec), spec)
     _mark_null(ax, p)
     names = " × ".join(dict.fromkeys(filter(None, (checkpoint_a, checkpoint_b))))
     count = f" (n = {n})" if n is not None else ""
     heading = f"{estimator}{': ' if names else ''}{names}{count}{null_note(p)}" if title is None else title
-    ax.set_title(fold(heading, SIDE), loc="left", fontsize=11)
-    _colour_bar(figure, image, [ax], estimator, spec)
+    # Cells of a tall map stand at the right of their room, which the title needs all of.
+    start = min(0.0, 1 - width / (SIDE * len(layers_b) / len(layers_a))) if width < SIDE else 0.0
+    ax.set_title(fold(heading, width), loc="left", x=start, fontsize=11)
+    _colour_bar(figure, image, [ax], fold(_meaning(estimator, spec), height))
     return figure
 
 
@@ -95,22 +99,27 @@ def heatmap_grid(blocks: Sequence[ScoreBlock]) -> Figure:
         ax.set_title(fold(f"{' × '.join(owners)} (n = {block.n}){null_note(block.p)}", 3.2), loc="left", fontsize=10)
     for ax in panels[len(blocks) :]:
         ax.set_axis_off()
-    _colour_bar(figure, image, list(panels), blocks[0].estimator, spec)
+    _colour_bar(figure, image, list(panels), fold(_meaning(blocks[0].estimator, spec), 3.6))
     return figure
 
 
 def _mark_null(ax: Axes, p: np.ndarray | None) -> None:
     if p is not None and (limit := null_limit(p)) is not None:
         rows, columns = np.nonzero(np.nan_to_num(p) > limit)
-        # Light inside dark shows on every colour.
-        ax.scatter(columns, rows, s=9, c="white", edgecolors="black", linewidths=0.5)
+        # Light inside dark shows on every colour; where a cell holds its number, the dot is below.
+        below = 0.3 if max(p.shape) <= NUMBERED_LAYERS else 0.0
+        ax.scatter(columns, rows - below, s=9, c="white", edgecolors="black", linewidths=0.5)
+
+
+def _cells(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:
+    """Return the inches that cells have to both sides."""
+    rows, columns = len(layers_a), len(layers_b)
+    return max(LEAST, SIDE * min(1.0, columns / rows)), max(LEAST, SIDE * min(1.0, rows / columns))
 
 
 def _size(layers_a: Sequence[str], layers_b: Sequence[str]) -> tuple[float, float]:
     """Return inches that leave the cells square and the names of both sides whole."""
-    rows, columns = len(layers_a), len(layers_b)
-    height = max(2.4, SIDE * min(1.0, rows / columns))
-    width = max(2.4, SIDE * min(1.0, columns / rows))
+    width, height = _cells(layers_a, layers_b)
     left, below = (0.075 * max(map(len, shorten(names).short)) for names in (layers_a, layers_b))
     return width + 1.9 + left, height + 1.0 + below
 
@@ -134,7 +143,7 @@ def _draw(
         thin_ticks(axis, labels.short, ticks)
         owner = f" of {checkpoint}" if len(set(checkpoints)) > 1 else ""
         text = f"layer{owner} ({labels.pattern})" if labels.pattern else f"layer{owner}"
-        axis.set_label_text(fold(text, 3.2))
+        axis.set_label_text(fold(text, 2.8))
     if max(values.shape) <= NUMBERED_LAYERS:
         _write_numbers(ax, image, values)
     return image
@@ -158,7 +167,10 @@ def _write_numbers(ax: Axes, image: AxesImage, values: np.ndarray) -> None:
         )
 
 
-def _colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], estimator: str, spec: Any | None) -> None:
-    meaning = f" (larger: {spec.larger_means})" if spec is not None and spec.larger_means else ""
+def _meaning(estimator: str, spec: Any | None) -> str:
+    return f"{estimator} (larger: {spec.larger_means})" if spec is not None and spec.larger_means else estimator
+
+
+def _colour_bar(figure: Figure, image: AxesImage, panels: list[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=panels, shrink=0.9, pad=0.02)
-    bar.set_label(f"{estimator}{meaning}")
+    bar.set_label(label)

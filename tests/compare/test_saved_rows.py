@@ -176,7 +176,7 @@ def test_files_that_are_no_rows_are_named(tmp_path: Path) -> None:
     problems = {
         "flipped": "is damaged: its checksum does not fit",
         "short": "cannot be read",
-        "text": "cannot be read .* not a file of rows that .* --save-rows wrote, or a model folder",
+        "text": "cannot be read .* not a file of rows that .* --save-rows wrote .a model is given by its folder",
         "state": r"holds 'tdprobe\.state', not 'tdprobe\.rows'",
     }
     for name, problem in problems.items():

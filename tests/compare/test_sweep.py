@@ -543,3 +543,20 @@ def test_too_few_rows_and_no_rows() -> None:
     for one_at_a_time in (False, True):
         with pytest.raises(StateError, match="no row has been scored yet"):
             LayerComparison(mlp(), r"\d", one_at_a_time=one_at_a_time).scores()
+
+
+@BOTH
+def test_tokens_that_no_text_has_are_named(one_at_a_time: bool) -> None:
+    comparison = LayerComparison(byte_llama(), tokens=500, one_at_a_time=one_at_a_time, progress=False)
+    comparison.run([torch.ones(4, 9, dtype=torch.long)])
+    with pytest.raises(StateError, match="no row has been scored yet.*tokens='500' and skip_first=1 leave"):
+        comparison.scores()
+
+
+def test_estimators_that_read_labels_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(
+        ConfigError, match=r"'mig' reads 'attributes' .* LayerScoring\(.*hooked\(x, attributes=\.\.\.\)"
+    ):
+        LayerComparison("no model", estimators=["cka", "mig"])
+    with pytest.raises(ConfigError, match="'bends' reads 'attributes' and 'path' along with the layers"):
+        LayerComparison("no model", estimators={"bends": "smoothness"})

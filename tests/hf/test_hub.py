@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tdprobe.errors import ConfigError
 from tdprobe.hf import describe, load
-from tdprobe.hf.hub import Source, checkpoints_in, find, weights_in
+from tdprobe.hf.hub import Source, checkpoints_in, explain, find, weights_in
 
 
 @pytest.fixture
@@ -105,6 +105,12 @@ def test_weights_are_summed_over_shards_and_counted_once(tmp_path: Path) -> None
     for shard, size in (("model-00001-of-00002", 40), ("model-00002-of-00002", 25)):
         (tmp_path / f"{shard}.safetensors").write_bytes(b"0" * size)
     assert weights_in(tmp_path) == 65
+
+
+def test_a_name_that_no_one_knows_is_compared_with_the_embedded_ones() -> None:
+    said = explain("demoo", Source("demoo"), OSError("offline"))
+    assert "cannot load 'demoo'" in said and "Did you mean 'demo'?" in said
+    assert "Did you mean" not in explain("gpt2", Source("gpt2"), OSError("offline"))
 
 
 # A child process, since huggingface_hub reads its settings once, when it is imported.

@@ -112,6 +112,7 @@ def test_a_config_that_is_not_json_is_explained(tmp_path: Path) -> None:
         ({"dtype": "float23"}, "unknown dtype 'float23'; did you mean 'float32'"),
         ({"dtype": "nn"}, "unknown dtype 'nn'"),
         ({"device": "gpu"}, "got the device 'gpu'; write 'cpu', 'cuda'"),
+        ({"device": "cuda:99"}, "got the device 'cuda:99', which this machine or this build of PyTorch does not have"),
     ],
 )
 def test_wrong_options_are_explained(checkpoint: Path, options: dict[str, str], said: str) -> None:

@@ -88,7 +88,7 @@ def test_a_limit_stops_reading_early(tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"body": "a"}',
-            "has no field 'text'; say which one is the text with field=. Its fields: body.",
+            "has no field 'text'; say which one is the text with field= (--field). Its fields: body.",
         ),
         ("a.jsonl", b"{}", "Its fields: none."),
         ("a.jsonl", b'{"text": "a"}\n{"text": 4}', "holds 4 in field 'text'"),

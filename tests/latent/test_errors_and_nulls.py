@@ -386,7 +386,7 @@ class TestSupervised:
                 hooked(torch.randn(4, 3))
             with pytest.raises(TypeError, match="the call has 'attributs': is that a typing error"):
                 hooked(torch.randn(4, 3), attributs=torch.zeros(4))
-        with pytest.raises(MissingKeyError, match="unknown target 'attributes'"):
+        with pytest.raises(MissingKeyError, match="reads 'attributes' along with the layers, and nothing came along"):
             scorer(Correlation()).push(Batch({"a": normal(10, 2)}, IDS[:10]))
 
     @pytest.mark.parametrize("value", [torch.zeros(3), torch.tensor(1.0)])

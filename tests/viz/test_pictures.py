@@ -130,6 +130,21 @@ def test_long_names_stay_inside_the_picture():
         assert box.x1 <= figure.bbox.x1
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(30, 6), (6, 30), (12, 12), (40, 1), (1, 40), (8, 6)])
+def test_titles_of_tall_and_wide_maps_stay_inside_the_picture(rows, columns):
+    spec = registry.get("information_imbalance").spec
+    names = {"estimator": "information_imbalance", "checkpoint_a": "demo", "checkpoint_b": "demo-encoder"}
+    p = np.full((rows, columns), 0.5)
+    p.flat[0] = 0.05
+    figure = heatmap(np.zeros((rows, columns)), layers(rows), layers(columns), spec=spec, n=4000, p=p, **names)
+    figure.draw_without_rendering()
+    ax, bar = figure.axes
+    assert ax.get_title(loc="left").replace("\n", " ").endswith("(n = 4000); dots: p > 0.05")
+    for text in (ax._left_title, bar.yaxis.label, ax.xaxis.label, ax.yaxis.label):
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
+
+
 @pytest.mark.parametrize(("spec", "bright"), [(SIMILARITY, 1.0), (None, 1.0), (DISTANCE, 0.0)])
 def test_bright_means_similar(spec, bright):
     image = heatmap(np.eye(2), layers(2), layers(2), spec=spec).axes[0].images[0]
@@ -226,11 +241,14 @@ def test_dots_mark_what_unrelated_rows_reach_and_the_title_says_so():
     p = np.array([[0.05, 0.4], [np.nan, 0.05]])
     figure = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], estimator="cka", n=9, p=p)
     (dots,) = figure.axes[0].collections
-    assert dots.get_offsets().tolist() == [[1.0, 0.0]]
+    assert dots.get_offsets().tolist() == [[1.0, -0.3]]  # below the number in the cell
     assert figure.axes[0].get_title(loc="left").endswith("dots: p > 0.05")
     few = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.array([[0.1, 0.1], [0.1, 0.3]]))
-    assert few.axes[0].collections[0].get_offsets().tolist() == [[1.0, 1.0]]
+    assert few.axes[0].collections[0].get_offsets().tolist() == [[1.0, 0.7]]
     assert few.axes[0].get_title(loc="left").endswith("dots: p > 0.1")
+    names = [f"h.{i}" for i in range(9)]
+    bare = heatmap(np.eye(9), names, names, p=np.where(np.eye(9) > 0, 0.01, 0.01 + 0.5 * (np.arange(9) == 4)))
+    assert not bare.axes[0].texts and bare.axes[0].collections[0].get_offsets().tolist()[0] == [4.0, 0.0]
     plain = heatmap(np.eye(2), ["h.0", "h.1"], ["h.0", "h.1"], p=np.full((2, 2), 0.01))
     assert not plain.axes[0].collections and "dots" not in plain.axes[0].get_title(loc="left")
 

@@ -22,7 +22,7 @@ from tdprobe.latent.information.modules import (
 from tdprobe.latent.information.noised_estimator import NoisedInformationEstimator
 from tdprobe.latent.information.noised_information import NoisedInformation
 from tdprobe.latent.information.rankme import RankMeEstimator
-from tdprobe.latent.information.v_information import VInformationEstimator, pointwise_v_information, v_information
+from tdprobe.latent.information.usable import VInformationEstimator, pointwise_v_information, v_information
 
 __all__ = [
     "Codelength",

@@ -84,7 +84,7 @@ def single(x: Any, y: Any, discrete: bool, probe: Any, seed: int, least: int) ->
     """
     if np.ndim(x) and len(x) < least:
         raise ConfigError(f"got {len(x)} rows; probes are fitted to parts of them, which takes {least} rows or more")
-    found = read(x, y, discrete=discrete, wide=False)
+    found = read(x, y, discrete=discrete, wide=False, names=("x", "y"))
     if found.a.shape[1] != 1:
         raise ConfigError(f"y has {found.a.shape[1]} columns; give one label per row, (n,)")
     return columns(found.z, found.a, found.discrete, check_probe(probe), seed)[0]

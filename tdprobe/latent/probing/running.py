@@ -76,7 +76,7 @@ class ProbingContext(ItemContext):
 
 def step_hook(context: ProbingContext, module: nn.Module, site: Site, probe: Any) -> Hook:
     """Return the hook that lets a probe step."""
-    direction, step = get_direction(site.direction), _untraced(probe.step)
+    direction, step = get_direction(site.direction), _untraced(_named(probe.step, site))
     if direction.is_backward:
         return Hook(module, site.direction, _backward_hook(context, site, step))
 
@@ -110,6 +110,22 @@ def _own_rows(site: Site, value: Tensor, selection: Selection) -> Tensor:
         rows = token_rows(site.name, value, selection)
     # Where every token counts, rows are the model's own memory.
     return keep(rows) if rows.untyped_storage()._cdata == value.untyped_storage()._cdata else rows
+
+
+def _named(step: Callable[..., Any], site: Site) -> Callable[..., Any]:
+    """Add to the errors of an estimator, which knows nothing of modules, whose rows it was given."""
+
+    def named(data: Any, **items: Any) -> None:
+        try:
+            step(data, **items)
+        except Exception as error:
+            kind, value = items.get("step_type"), first_tensor(data)
+            rows = "" if value is None else f", rows of shape {tuple(value.shape)}"
+            labels = "" if not hasattr(items.get("labels"), "shape") else f", labels of {tuple(items['labels'].shape)}"
+            error.add_note(f"in the probe of {site.name!r} ({site.direction}), step_type={kind!r}{rows}{labels}")
+            raise
+
+    return named
 
 
 def _untraced(step: Callable[..., Any]) -> Callable[..., Any]:

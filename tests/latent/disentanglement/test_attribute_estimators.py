@@ -248,7 +248,10 @@ class TestDegenerate:
             make()
 
     def test_attributes_that_did_not_come(self):
-        with pytest.raises(MissingKeyError, match="unknown target 'attributes'.*bring it with each call"):
+        with pytest.raises(
+            MissingKeyError,
+            match=r"MigEstimator reads 'attributes' .* nothing came along; bring it with each call .*attributes=\.\.\.",
+        ):
             Scorer(resolve_estimators(["mig"])).push(Batch({"x": torch.randn(9, 3)}, IDS[:9]))
 
 

@@ -190,10 +190,10 @@ class TestEstimator:
     ("call", "message"),
     [
         (lambda x, y: v_information(x[:9], y[:9]), "got 9 rows.*takes 10 rows"),
-        (lambda x, y: v_information(x, y[:5]), "z has 20 samples and a has 5"),
+        (lambda x, y: v_information(x, y[:5]), "x has 20 samples and y has 5"),
         (lambda x, y: v_information(x, torch.stack([y, y], 1)), "y has 2 columns; give one label per row"),
         (lambda x, y: v_information(x, y + 0.5), "holds 0.5, but discrete attributes are integer labels"),
-        (lambda x, y: v_information(x / 0, y), "z holds NaN or infinite"),
+        (lambda x, y: v_information(x / 0, y), "x holds NaN or infinite"),
         (lambda x, y: v_information(x, y, folds=1), "folds=1; allowed are integers from 2"),
         (lambda x, y: v_information(x, y, probe=3), "probe=3; allowed are None"),
         (lambda x, y: VInformationEstimator(probe="linear"), "probe='linear'; allowed are None"),

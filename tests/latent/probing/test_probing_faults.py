@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from probing_tools import KEYS, Recorder, X, Y, accuracy, batch, linear_manager, net
@@ -69,6 +70,19 @@ def test_an_error_in_a_probe_leaves_no_hook_and_the_finished_results(error: type
         hooked(batch())
     assert hooks_of(model) == 0 and set(manager.fit_metrics) == {"first_fwd"}
     assert torch.equal(model(X), before)
+
+
+def test_an_error_of_an_estimator_names_the_module_and_what_it_was_given() -> None:
+    with (
+        pytest.raises(ValueError, match="inconsistent numbers of samples") as caught,
+        Probing("first", ProbeManager(LogisticRegression, {}, accuracy).probe_factory, additional_keys=KEYS).prepare(
+            net()
+        ) as hooked,
+    ):
+        hooked(X, labels=torch.arange(len(X) - 1) % 2, step_type="fit")
+    (note,) = caught.value.__notes__
+    assert note.startswith("in the probe of 'first' (fwd), step_type='fit', rows of shape (")
+    assert note.endswith(f"labels of ({len(X) - 1},)")
 
 
 def test_enter_is_all_or_none_and_can_be_repeated(hooks_of: Any) -> None:
