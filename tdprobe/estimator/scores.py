@@ -109,7 +109,7 @@ def warn_repeated(counts: Mapping[str, int]) -> None:
     if counts:
         most = sorted(counts, key=lambda name: -counts[name])[:NAMED]
         others = f" and some of {len(counts) - NAMED} more layers" if len(counts) > NAMED else ""
-        named = ", ".join(f"{counts[name]} rows of {name!r}" for name in most)
+        named = ", ".join(f"{counts[name]} row{'s' * (counts[name] > 1)} of {name!r}" for name in most)
         warnings.warn(
             f"{named}{others} repeat earlier ones, as rows do after identical prefixes; each measure of neighbours "
             "says how it counts copies",

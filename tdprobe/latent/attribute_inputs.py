@@ -115,7 +115,9 @@ def regularised(reg_dim: Any, m: int, f: int) -> tuple[int, ...]:
     Raises:
         ConfigError: They are not m different integers from 0 to f - 1.
     """
-    found = np.asarray(reg_dim.cpu() if isinstance(reg_dim, Tensor) else reg_dim)
+    reg_dim = reg_dim.cpu() if isinstance(reg_dim, Tensor) else reg_dim
+    plain = isinstance(reg_dim, Iterable) and not hasattr(reg_dim, "__array__")
+    found = np.asarray(list(reg_dim) if plain else reg_dim)
     allowed = f"allowed are {m} different integers from 0 to {f - 1}, one per attribute"
     if found.shape != (m,):
         raise ConfigError(f"reg_dim has shape {found.shape}; {allowed}")

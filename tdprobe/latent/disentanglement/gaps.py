@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tdprobe._types import Float, Int
+from tdprobe._types import Bool, Float, Int
 from tdprobe.errors import ConfigError, unknown
 from tdprobe.latent.disentanglement.information import Information, information
 
@@ -39,15 +39,15 @@ class Gaps:
 
     def xmig(self) -> Float[Tensor, " m"]:
         """Divide the gap to the latents that belong to no attribute by the entropy."""
-        free = torch.ones(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
-        free[self._dims] = False
-        return self._over(self._own - self.matrix[free].amax(0), self._entropy)
+        return self._over(self._own - self.matrix[self._free].amax(0), self._entropy)
 
     def dmig(self) -> Float[Tensor, " m"]:
         """Divide the gap by the entropy that is left when the attribute of the other latent is known."""
-        best, dim = _best_other(self.matrix, self._dims)
-        owner = {d: i for i, d in enumerate(self._dims.tolist())}
-        pairs = [(i, owner[d]) for i, d in enumerate(dim.tolist()) if d in owner]
+        m = len(self._dims)
+        # The latent of attribute i in place i, then those of none: which of equal ones counts is not up to their order.
+        ordered = self.matrix[torch.cat([self._dims, self._free.nonzero().squeeze(-1)])]
+        best, place = _best_other(ordered, torch.arange(m, device=self.matrix.device))
+        pairs = [(i, other) for i, other in enumerate(place.tolist()) if other < m]
         return self._over(self._own - best, lambda: self._conditional(pairs))
 
     def dlig(self) -> Float[Tensor, " m"]:
@@ -60,6 +60,12 @@ class Gaps:
     @property
     def _dims(self) -> Int[Tensor, " m"]:
         return torch.tensor(self.reg_dim, device=self.matrix.device)
+
+    @property
+    def _free(self) -> Bool[Tensor, " f"]:
+        free = torch.ones(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
+        free[self._dims] = False
+        return free
 
     @property
     def _own(self) -> Float[Tensor, " m"]:
