@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -85,6 +86,14 @@ def tiny_llama() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def new_llama(tiny_llama: nn.Module) -> nn.Module:
+    """Return `tiny_llama` made anew: capture hooks of transformers, which others leave on it, cannot be saved."""
+    model = type(tiny_llama)(copy.deepcopy(tiny_llama.config)).eval()
+    model.load_state_dict(tiny_llama.state_dict())
+    return model
 
 
 @pytest.fixture(autouse=True)

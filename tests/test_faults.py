@@ -122,9 +122,9 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 @pytest.fixture
-def unharmed(tiny_llama: nn.Module, hooks_of: Callable[[nn.Module], int]) -> Iterator[nn.Module]:
+def unharmed(new_llama: nn.Module, hooks_of: Callable[[nn.Module], int]) -> Iterator[nn.Module]:
     """Yield a model and check at the end that nothing is left on it."""
-    model = copy.deepcopy(tiny_llama)
+    model = new_llama
     with torch.no_grad():
         before = model(**CLEAN).logits
     mode = [module.training for module in model.modules()]

@@ -69,9 +69,8 @@ def test_the_implementation_is_restored_on_every_way_out(tiny_llama: nn.Module, 
     assert torch.equal(tiny_llama(input_ids=IDS).logits, output)
 
 
-def test_a_copy_made_in_the_block_and_lifted_hooks_are_not_switched(tiny_llama: nn.Module, tmp_path: Any) -> None:
-    # A new one: with the capture hooks of transformers, which other tests leave for good, it could not be saved.
-    model = type(tiny_llama)(copy.deepcopy(tiny_llama.config)).eval()
+def test_a_copy_made_in_the_block_and_lifted_hooks_are_not_switched(new_llama: nn.Module, tmp_path: Any) -> None:
+    model = new_llama
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
         with AttentionPatterns().prepare(model) as hooked:
