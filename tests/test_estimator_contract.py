@@ -108,13 +108,13 @@ def test_every_estimator_has_a_row_and_no_row_is_left_over():
     assert own == set(ROWS)
 
 
-@pytest.mark.parametrize("name", NAMES)
-class TestStream:
+@pytest.mark.parametrize("name", [name for name in NAMES if not row_of(name).ordered])
+class TestOrder:
+    """Of rows that do not belong together; others are cut and merged in tests of their own."""
+
     @settings(max_examples=8, deadline=None)
     @given(cuts=st.lists(st.integers(8, N - 8), min_size=1, max_size=3, unique=True).map(sorted), order=st.randoms())
     def test_one_shot_streamed_and_merged_agree_in_any_order_and_grouping(self, name, cuts, order):
-        if row_of(name).ordered:
-            return
         estimator = build(name)
         batch = batch_of(estimator, rows())
         whole = estimator.score(estimator.update(estimator.init(batch), batch))["score"]
@@ -128,6 +128,43 @@ class TestStream:
             parts.append(first.merge(second))
         close(estimator.score(parts[0])["score"], whole, 1e-9)
 
+    def test_the_order_of_rows_does_not_matter(self, name):
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
+        close(score(name, [x[order] for x in rows()], targets(name)[order]), score(name, rows(), targets(name)), 1e-8)
+
+    @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
+    def test_merged_in_any_order_and_grouping_is_the_streaming_form_in_the_same_portions(self, name, order):
+        estimator = streaming(name)
+        batch = batch_of(estimator, rows())
+        streamed = estimator.init(batch)
+        for start in range(0, N, 20):
+            streamed = estimator.update(streamed, batch.select(slice(start, start + 20)))
+        a, b, c = (states(estimator, batch, [20, 40])[place] for place in order)
+        expected = estimator.score(streamed)["score"]
+        assert not expected.isnan().all()
+        for merged in (a.merge(b).merge(c), a.merge(b.merge(c))):
+            close(estimator.score(merged)["score"], expected, 1e-9)
+
+
+# The definitions of others take more than a row, and are tested beside them.
+@pytest.mark.parametrize("name", [name for name in NAMES if row_of(name).reference is not None])
+class TestDefinition:
+    def test_float64_is_the_definition(self, name):
+        reference, kind = row_of(name).reference, class_of(name).spec.kind
+        layers, found = rows(), score(name, rows())
+        if kind == "pair":
+            expected = torch.tensor([[float(reference(a, b)) for b in layers] for a in layers], dtype=torch.float64)
+            off = ~torch.eye(len(layers), dtype=torch.bool)
+            found, expected = found[off], expected[off]
+        elif kind == "layer":
+            expected = torch.tensor([float(reference(x)) for x in layers], dtype=torch.float64)
+        else:
+            expected = torch.stack([torch.as_tensor(reference(x, targets(name))) for x in layers]).double()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+class TestStream:
     def test_the_call_is_the_stream(self, name):
         estimator = build(name)
         cls, layers = type(estimator), rows()
@@ -173,23 +210,6 @@ class TestStream:
 
 @pytest.mark.parametrize("name", NAMES)
 class TestValues:
-    def test_float64_is_the_definition(self, name):
-        reference, kind = row_of(name).reference, class_of(name).spec.kind
-        if reference is None:
-            # Its definition is tested where it is too long for a row.
-            assert kind in ("layer", "pair", "supervised")
-            return
-        layers, found = rows(), score(name, rows())
-        if kind == "pair":
-            expected = torch.tensor([[float(reference(a, b)) for b in layers] for a in layers], dtype=torch.float64)
-            off = ~torch.eye(len(layers), dtype=torch.bool)
-            found, expected = found[off], expected[off]
-        elif kind == "layer":
-            expected = torch.tensor([float(reference(x)) for x in layers], dtype=torch.float64)
-        else:
-            expected = torch.stack([torch.as_tensor(reference(x, targets(name))) for x in layers]).double()
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-
     @pytest.mark.parametrize("shift", [0.0, 1.0])
     def test_float32_agrees_with_float64_at_any_offset(self, name, shift):
         offset = shift * row_of(name).shift
@@ -225,12 +245,6 @@ class TestValues:
         gap = (found - found.mT).abs().max()
         assert gap < 1e-9 if spec.symmetric else gap > 1e-4
 
-    def test_the_order_of_rows_does_not_matter(self, name):
-        if row_of(name).ordered:
-            return
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(3))
-        close(score(name, [x[order] for x in rows()], targets(name)[order]), score(name, rows(), targets(name)), 1e-8)
-
     @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
     def test_scores_stay_on_the_device(self, name, device):
         found = score(name, [x.to(device) for x in rows()], targets(name).to(device))
@@ -241,21 +255,6 @@ class TestValues:
 @pytest.mark.parametrize("name", NAMES)
 class TestStreamingForm:
     """What a name stands for in a stream: minibatches, the robust mode."""
-
-    @pytest.mark.parametrize("order", [(1, 2, 0), (2, 0, 1)])
-    def test_merged_in_any_order_and_grouping_is_streamed_in_the_same_portions(self, name, order):
-        if row_of(name).ordered:
-            return
-        estimator = streaming(name)
-        batch = batch_of(estimator, rows())
-        streamed = estimator.init(batch)
-        for start in range(0, N, 20):
-            streamed = estimator.update(streamed, batch.select(slice(start, start + 20)))
-        a, b, c = (states(estimator, batch, [20, 40])[place] for place in order)
-        expected = estimator.score(streamed)["score"]
-        assert not expected.isnan().all()
-        for merged in (a.merge(b).merge(c), a.merge(b.merge(c))):
-            close(estimator.score(merged)["score"], expected, 1e-9)
 
     def test_declared_properties_hold_here_too(self, name):
         estimator = streaming(name)
