@@ -12,7 +12,7 @@ from torch import Tensor
 from tdprobe._types import Float, Int
 
 # Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
-SLICE, TILE = 64, 2048
+SLICE, TILE = 128, 2048
 # Numbers in one step of differences, for the same reason.
 STEP = 2**16
 # Distances that agree to this relative precision are tied: sums in float64 say no more.

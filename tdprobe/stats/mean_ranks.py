@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product as pairs_of
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch import Tensor
 from tdprobe._types import Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.nearest import Nearest
-from tdprobe.stats.order import ascending, in_order
+from tdprobe.stats.order import ascending, in_order, parted
 
 # Targets of a row from which on sorting its points once costs less than comparing them with each.
 SORTED = 6
+# Numbers that are compared at once: what is found to be in doubt may be all of them.
+COMPARED = 2**21
 
 
 @dataclass
@@ -82,70 +85,81 @@ def mean_ranks(
 
 
 def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
-    """Rank one row of each of l layers: count what is surely nearer and what may be, and decide the doubts."""
+    """Rank one row of each of l layers: count what is surely nearer, and measure what may be."""
     point = space.own[other]
     copy = point == space.own[rows].unsqueeze(1)
     # The block says how far a row is up to its slack, and of the points around it the same.
     seen = block.gather(1, point).double().masked_fill(copy, 0)
     reach = space.ceiling(rows, seen + space.offset(rows).unsqueeze(1), point, space.dtype)
     slack = 2 * space.slack(rows, reach, space.dtype)
-    low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
-    count = _by_sorting if other.shape[1] >= SORTED else _by_counting
-    nearer, perhaps = count(space, block, low.contiguous(), high.contiguous())
-    tied = space.repeats[point].double()
-    # The target itself is in doubt always; with any other point beside it the two are measured.
-    row, column = ((perhaps - nearer != tied) & ~copy).nonzero().unbind(1)
-    for part in torch.arange(len(row), device=row.device).split(max(1, EXACT_BLOCK // block.shape[1])):
-        place = row[part], column[part]
-        more, equal = _decided(space, rows, block, place, point[place], (low[place], high[place]))
-        nearer[place] += more
-        tied[place] += equal
     # A row's own copies are at distance 0, and its point was left out of the block.
+    low, high = ((seen + sign * slack).to(block.dtype).masked_fill(copy, -torch.inf) for sign in (-1, 1))
+    ranked = _by_sorting if other.shape[1] >= SORTED else _by_counting
+    nearer, tied = ranked(space, rows, block, _Targets(point, low, high))
     copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
     return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2)
 
 
-def _by_counting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Compare every point with every bound: what few targets take."""
-    weights, mark = space.repeats.to(block.dtype), torch.empty_like(block)
-    nearer, perhaps = (torch.empty(low.shape, dtype=torch.float64, device=block.device) for _ in range(2))
-    for column in range(low.shape[1]):
-        nearer[:, column] = torch.lt(block, low[:, column : column + 1], out=mark) @ weights
-        perhaps[:, column] = torch.le(block, high[:, column : column + 1], out=mark) @ weights
-    return nearer, perhaps
+@dataclass
+class _Targets:
+    """Points to rank, ``(r, l)``, and between which measures of the block there may be others as near as they are."""
+
+    point: Tensor
+    low: Tensor
+    high: Tensor
 
 
-def _by_sorting(space: Space, block: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort the points of each row once for all targets: what many take."""
+def _by_counting(space: Space, rows: Tensor, block: Tensor, targets: _Targets) -> tuple[Tensor, Tensor]:
+    """Compare every point with every bound, what few targets take: count what is nearer than each, and as near."""
+    nearer, tied = torch.zeros_like(targets.low, dtype=torch.float64), space.repeats[targets.point].double()
+    (several,) = (space.repeats > 1).nonzero().unbind(1)
+    more, count = (space.repeats[several] - 1).double(), targets.point.shape[1]
+    size = max(1, COMPARED // space.points)
+    for start, column in pairs_of(range(0, len(rows), size), range(count)):
+        part = slice(start, start + size)
+        found = parted(block[part], targets.low[part, column], targets.high[part, column])
+        nearer[part, column] = found.below + found.mask[:, several].double() @ more
+        _decide(space, rows, targets, ((start + found.row) * count + column, found.place), (nearer, tied))
+    return nearer, tied
+
+
+def _by_sorting(space: Space, rows: Tensor, block: Tensor, targets: _Targets) -> tuple[Tensor, Tensor]:
+    """Sort the points of each row once for all targets, what many take; otherwise as `_by_counting`."""
+    low, high = targets.low.contiguous(), targets.high.contiguous()
     if space.points == len(space.rows):
         ordered = in_order(block)
-        return torch.searchsorted(ordered, low).double(), torch.searchsorted(ordered, high, right=True).double()
-    order = ascending(block)
-    ordered = block.gather(1, order)
-    weights = torch.nn.functional.pad(space.repeats.double()[order].cumsum(1), (1, 0))
-    below, upto = torch.searchsorted(ordered, low), torch.searchsorted(ordered, high, right=True)
-    return weights.gather(1, below), weights.gather(1, upto)
+        nearer, perhaps = (
+            torch.searchsorted(ordered, bound, right=right).double() for bound, right in ((low, False), (high, True))
+        )
+    else:
+        order = ascending(block)
+        ordered = block.gather(1, order)
+        weights = torch.nn.functional.pad(space.repeats.double()[order].cumsum(1), (1, 0))
+        nearer = weights.gather(1, torch.searchsorted(ordered, low))
+        perhaps = weights.gather(1, torch.searchsorted(ordered, high, right=True))
+    tied = space.repeats[targets.point].double()
+    # The target itself is in doubt always; with any other point beside it the two are measured.
+    (which,) = (perhaps - nearer > tied).flatten().nonzero().unbind(1)
+    for part in which.split(max(1, COMPARED // space.points)):
+        found = parted(block[part // low.shape[1]], low.flatten()[part], high.flatten()[part])
+        _decide(space, rows, targets, (part[found.row], found.place), (nearer, tied))
+    return nearer, tied
 
 
-def _decided(
-    space: Space,
-    rows: Tensor,
-    block: Tensor,
-    place: tuple[Tensor, Tensor],
-    target: Tensor,
-    bounds: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Weigh, by exact measures, the points between bounds that are nearer than a target, and those tied with it."""
-    row = place[0]
-    values, (low, high) = block[row], (bound.unsqueeze(1) for bound in bounds)
-    inside = ((values >= low) & (values <= high)).scatter_(1, target.unsqueeze(1), False)
-    doubt, points = inside.nonzero().unbind(1)
-    goal = space.exact(rows[row], target)[doubt]
-    measure, amount = space.exact(rows[row[doubt]], points), space.repeats[points].double()
-    sums = torch.zeros(2, len(row), dtype=torch.float64, device=block.device)
-    sums[0].index_add_(0, doubt, amount * (measure < goal * (1 - TIE)))
-    sums[1].index_add_(0, doubt, amount * ((measure - goal).abs() <= goal * TIE))
-    return sums[0], sums[1]
+def _decide(
+    space: Space, rows: Tensor, targets: _Targets, doubt: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
+) -> None:
+    """Measure the points in doubt, and add those that are nearer than their target, and those tied with it, to sums."""
+    point, count = targets.point.flatten(), targets.point.shape[1]
+    which, near = doubt
+    other = near != point[which]
+    which, near = which[other], near[other]
+    measured, inverse = which.unique(return_inverse=True)
+    goal = space.exact(rows[measured // count], point[measured])[inverse]
+    measure, amount = space.exact(rows[which // count], near), space.repeats[near].double()
+    nearer, tied = (total.view(-1) for total in sums)
+    nearer.index_add_(0, which, amount * (measure < goal * (1 - TIE)))
+    tied.index_add_(0, which, amount * ((measure - goal).abs() <= goal * TIE))
 
 
 def _ranks_of_several(space: Space, rows: Tensor, block: Tensor, partners: Partners, some: Tensor) -> Tensor:

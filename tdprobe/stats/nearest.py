@@ -95,18 +95,16 @@ def _by_products(space: Space, rows: Tensor, block: Tensor, wanted: Wanted, marg
     ceiling = space.ceiling(rows, a, points, dtype)
     reach = ceiling.amax(1)
     slack, rounding = (bound(rows, reach, dtype).unsqueeze(1) for bound in (space.slack, space.rounding))
-    cut = a.amax(1, keepdim=True) if a.shape[1] < space.points else torch.full_like(slack, torch.inf)
-    if not wanted.distinct:
-        _leave_out(a, a <= space.measure(wanted.beyond) + slack, space, rows, points, wanted)
-    weights = _weights(space, points, wanted)
-    a, points, weights = _sorted(a, points, weights)
-    centres = _at_ranks(a, weights, wanted.ranks)
+    cut = a[:, -1:].clone() if a.shape[1] < space.points else torch.full_like(slack, torch.inf)
+    if not wanted.distinct and _leave_out(a, slack, space, rows, points, wanted):
+        a, points = _sorted(a, points)
+    centres = _at_ranks(space, a, points, wanted)
     which, mixed = _in_doubt(a, centres, slack, rounding > FINE * centres)
     _make_exact(a, which, space, rows, points)
     if len(mixed):
-        a[mixed], points[mixed], weights[mixed] = _sorted(a[mixed], points[mixed], weights[mixed])
+        a[mixed], points[mixed] = _sorted(a[mixed], points[mixed])
     sure = ((cut == torch.inf) | (cut > centres[:, -1:] + 2 * slack)).squeeze(1)
-    return _collect(a, points, weights, wanted), sure
+    return _collect(space, a, points, wanted), sure
 
 
 def _in_doubt(
@@ -136,36 +134,34 @@ def _by_differences(space: Space, rows: Tensor, wanted: Wanted) -> Nearest:
     if not wanted.distinct:
         block = torch.where(block > space.measure(wanted.beyond), block, torch.inf)
     a, points = block.topk(min(wanted.ranks[-1], space.points), largest=False)
-    found = _collect(a, points, _weights(space, points, wanted), wanted)
+    found = _collect(space, a, points, wanted)
     if wanted.ties:
         near = (block <= a[:, :1] * (1 + TIE)) & (block < torch.inf)
         found.row, found.point = near.nonzero().unbind(1)
     return found
 
 
-def _collect(a: Tensor, points: Tensor, weights: Tensor, wanted: Wanted) -> Nearest:
-    near = (a <= a[:, :1] * (1 + TIE)) & (a < torch.inf) & wanted.ties
+def _collect(space: Space, a: Tensor, points: Tensor, wanted: Wanted) -> Nearest:
+    near = (a <= a[:, :1] * (1 + TIE)) & (a < torch.inf) if wanted.ties else torch.zeros_like(a[:, :0]).bool()
     row, column = near.nonzero().unbind(1)
     order = points[:, : wanted.places].masked_fill(a[:, : wanted.places] == torch.inf, -1)
     order = torch.nn.functional.pad(order, (0, wanted.places - order.shape[1]), value=-1)
-    return Nearest(_at_ranks(a, weights, wanted.ranks), row, points[row, column], order)
+    return Nearest(_at_ranks(space, a, points, wanted), row, points[row, column], order)
 
 
-def _weights(space: Space, points: Tensor, wanted: Wanted) -> Tensor:
-    return torch.ones_like(points) if wanted.distinct else space.repeats[points]
-
-
-def _sorted(a: Tensor, points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sorted(a: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     order = ascending(a)
-    return a.gather(1, order), points.gather(1, order), weights.gather(1, order)
+    return a.gather(1, order), points.gather(1, order)
 
 
-def _at_ranks(a: Float[Tensor, "r m"], weights: Int[Tensor, "r m"], ranks: tuple[int, ...]) -> Tensor:
-    """Return the q-th smallest number of each row, each counted as often as its weight says; else infinity."""
-    wanted = torch.tensor(ranks, device=a.device).expand(len(a), -1).contiguous()
-    places = torch.searchsorted(weights.cumsum(1), wanted)
-    padded = torch.cat([a, torch.full_like(a[:, :1], torch.inf)], 1)
-    return padded.gather(1, places)
+def _at_ranks(space: Space, a: Float[Tensor, "r m"], points: Int[Tensor, "r m"], wanted: Wanted) -> Tensor:
+    """Return the q-th smallest number of each row, with points counted as often as they are wanted; else infinity."""
+    ranks = torch.tensor(wanted.ranks, device=a.device).expand(len(a), -1)
+    if wanted.distinct or space.points == len(space.rows):
+        places = (ranks - 1).clamp(max=a.shape[1])
+    else:
+        places = torch.searchsorted(space.repeats[points].cumsum(1), ranks.contiguous())
+    return torch.nn.functional.pad(a, (0, 1), value=torch.inf).gather(1, places)
 
 
 def _make_exact(a: Tensor, which: Tensor, space: Space, rows: Tensor, points: Tensor) -> None:
@@ -173,8 +169,10 @@ def _make_exact(a: Tensor, which: Tensor, space: Space, rows: Tensor, points: Te
     a[row, column] = space.exact(rows[row], points[row, column])
 
 
-def _leave_out(a: Tensor, which: Tensor, space: Space, rows: Tensor, points: Tensor, wanted: Wanted) -> None:
-    """Put points that are exactly within ``beyond`` at infinity."""
-    row, column = (which & (a < torch.inf)).nonzero().unbind(1)
-    measure = space.exact(rows[row], points[row, column])
-    a[row, column] = torch.where(measure > space.measure(wanted.beyond), a[row, column], torch.inf)
+def _leave_out(a: Tensor, slack: Tensor, space: Space, rows: Tensor, points: Tensor, wanted: Wanted) -> bool:
+    """Put points that are exactly within ``beyond`` at infinity, and tell whether there were any."""
+    beyond = space.measure(wanted.beyond)
+    row, column = ((a <= beyond + slack) & (a < torch.inf)).nonzero().unbind(1)
+    within = space.exact(rows[row], points[row, column]) <= beyond
+    a[row[within], column[within]] = torch.inf
+    return bool(within.any())
