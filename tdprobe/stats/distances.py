@@ -49,10 +49,23 @@ class Space:
         _, self.own, self.repeats = torch.unique(self.rows, dim=0, return_inverse=True, return_counts=True)
         places = torch.arange(len(rows), device=rows.device)
         self.first = torch.empty_like(self.repeats).scatter_reduce_(0, self.own, places, "amin", include_self=False)
-        self.middle = self.rows.mean(0, dtype=torch.float64)
-        spread = max(float((part - self.middle).abs().amax()) for part in self.rows.split(self._rows_at_once))
+        self.middle, spread = self._centre_of_most()
         # Without this, entries of 1e30 or 1e-30 would leave float32 when squared.
         self.scale = 2.0 ** -max(-1000, min(1000, math.frexp(spread)[1])) if p == 2 else 1.0
+
+    def _centre_of_most(self) -> tuple[Float[Tensor, "d"], float]:
+        """Return the mean of the half of the rows that is nearest to the mean of all, and a bound on entries from it.
+
+        A few rows of huge norm, such as first tokens, pull the mean far away from all others, whose products would
+        round at the scale of that way.
+        """
+        parts, n = self.rows.split(self._rows_at_once), len(self.rows)
+        mean = sum(part.double().sum(0) for part in parts) / n
+        far = torch.cat([(part.double() - mean).abs().amax(1) for part in parts])
+        near = (far <= far.median()).double()
+        middle = sum(some @ part.double() for some, part in zip(near.split(len(parts[0])), parts, strict=True))
+        middle = middle / near.sum()
+        return middle, float(far.max() + (middle - mean).abs().max())
 
     @property
     def repeated(self) -> Tensor:
@@ -68,6 +81,11 @@ class Space:
     def by_point(self) -> Tensor:
         """Rows in the order of their points: those of one point stand together."""
         return self.own.sort(stable=True).indices
+
+    @cached_property
+    def several(self) -> Tensor:
+        """Points of more than one row."""
+        return (self.repeats > 1).nonzero().squeeze(1)
 
     @property
     def _rows_at_once(self) -> int:

@@ -15,7 +15,7 @@ from tdprobe._types import Float
 from tdprobe.stats.kernel_rows import KernelRows, check_kernel
 from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.spectrum import CONSTANT, check_order, renyi_entropy, spectral_shares
-from tdprobe.stats.state import Derivation, layer_list
+from tdprobe.stats.state import Derivation, all_finite, layer_list
 
 # Most rows of a tile, and bytes for the tiles of all layers together.
 TILE, BUDGET = 128, 64 * 2**20
@@ -113,7 +113,7 @@ class JointEntropy(Derivation):
             joint=empty(count, count),
             shuffled=empty(self.permutations, count, count),
             directed=empty(count),
-            finite=torch.stack([x.isfinite().flatten(-2).all(-1) for x in layers], -1),
+            finite=torch.stack([all_finite(x) for x in layers], -1),
         )
         # The caller's autograd, autocast and inference mode are the model's.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -15,7 +15,7 @@ from tdprobe.stats.distances import float32_is_exact
 from tdprobe.stats.kernel_layer import Fitted, Kernel, Rows
 from tdprobe.stats.pair_sums import PairSums
 from tdprobe.stats.reservoir import ReservoirState
-from tdprobe.stats.state import Derivation, layer_list, working_dtype
+from tdprobe.stats.state import Derivation, all_finite, layer_list, working_dtype
 
 # Rows of a tile, and bytes for the tiles of all layers and kernels together.
 BLOCK, BUDGET = 128, 64 * 2**20
@@ -93,7 +93,7 @@ class Kernels(Derivation):
         dtype, n, lead, device = product_dtype(rows), rows[0].shape[-2], rows[0].shape[:-2], rows[0].device
         # The caller's autograd, autocast and inference mode are the model's.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            finite = torch.stack([x.isfinite().flatten(-2).all(-1).to(device) for x in rows], -1)
+            finite = torch.stack([all_finite(x).to(device) for x in rows], -1)
             sums = {kernel: _empty(lead, len(rows), n, dtype, device) for kernel in self.kernels}
             for index in product(*map(range, lead)):
                 layers = {i: x[index].detach() for i, x in enumerate(rows) if bool(finite[(*index, i)])}

@@ -12,7 +12,8 @@ from torch import Tensor
 from tdprobe._types import Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.nearest import Nearest
-from tdprobe.stats.order import ascending, in_order, parted
+from tdprobe.stats.order import in_order, parted
+from tdprobe.stats.seen import Seen
 
 # Targets of a row from which on sorting its points once costs less than comparing them with each.
 SORTED = 6
@@ -53,9 +54,7 @@ def partners_of(space: Space, rows: Int[Tensor, "r"], nearest: Nearest) -> Partn
     return Partners(row, other, torch.bincount(row, minlength=len(rows)))
 
 
-def mean_ranks(
-    space: Space, rows: Int[Tensor, "r"], block: Tensor, partners: Sequence[Partners]
-) -> Float[Tensor, "r l"]:
+def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]:
     """Return the mean rank, in this layer, of the nearest rows of l other layers.
 
     The rank of row j for row i is the number of rows nearer to i than j, plus half of the number of rows at the
@@ -63,40 +62,38 @@ def mean_ranks(
     tied places where rows are tied.
 
     Args:
-        space: The layer.
-        rows: Places of the rows.
-        block: ``space.block(rows)``.
-        partners: The nearest rows in each of the other layers.
+        seen: Measures of some rows in the layer.
+        partners: The nearest of these rows in each of the other layers.
     """
-    n, counts = len(space.rows), torch.stack([found.counts for found in partners], 1)
+    n, counts = len(seen.space.rows), torch.stack([found.counts for found in partners], 1)
     # Where all other rows are tied, their mean rank is the same in every layer.
-    ranks = torch.full(counts.shape, n / 2, dtype=torch.float64, device=rows.device)
+    ranks = torch.full(counts.shape, n / 2, dtype=torch.float64, device=counts.device)
     single = (counts == 1) & (counts < n - 1)
     if bool(single.any()):
         other = torch.stack([found.other[found.counts.cumsum(0) - found.counts] for found in partners], 1)
-        ranks = torch.where(single, _ranks_of_one(space, rows, block, other), ranks)
+        ranks = torch.where(single, _ranks_of_one(seen, other), ranks)
     for column, found in enumerate(partners):
         (some,) = ((found.counts > 1) & (found.counts < n - 1)).nonzero().unbind(1)
         if len(some):
-            most = max(space.points, int(found.counts[some].max()))
+            most = max(seen.space.points, int(found.counts[some].max()))
             for part in some.split(max(1, EXACT_BLOCK // most)):
-                ranks[part, column] = _ranks_of_several(space, rows, block, found, part)
+                ranks[part, column] = _ranks_of_several(seen, found, part)
     return ranks
 
 
-def _ranks_of_one(space: Space, rows: Tensor, block: Tensor, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
+def _ranks_of_one(seen: Seen, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
     """Rank one row of each of l layers: count what is surely nearer, and measure what may be."""
+    space, own = seen.space, seen.space.own[seen.rows].unsqueeze(1)
     point = space.own[other]
-    copy = point == space.own[rows].unsqueeze(1)
+    copy = point == own
     # The block says how far a row is up to its slack, and of the points around it the same.
-    seen = block.gather(1, point).double().masked_fill(copy, 0)
-    reach = space.ceiling(rows, seen + space.offset(rows).unsqueeze(1), point, space.dtype)
-    slack = 2 * space.slack(rows, reach, space.dtype)
+    measure = seen.block.gather(1, point).double().masked_fill(copy, 0)
+    slack = 2 * seen.slack(seen.ceiling(measure + seen.offset.unsqueeze(1), point))
     # A row's own copies are at distance 0, and its point was left out of the block.
-    low, high = ((seen + sign * slack).to(block.dtype).masked_fill(copy, -torch.inf) for sign in (-1, 1))
+    bounds = ((measure + sign * slack).to(seen.block.dtype).masked_fill(copy, -torch.inf) for sign in (-1, 1))
     ranked = _by_sorting if other.shape[1] >= SORTED else _by_counting
-    nearer, tied = ranked(space, rows, block, _Targets(point, low, high))
-    copies = (space.repeats[space.own[rows]] - 1).double().unsqueeze(1)
+    nearer, tied = ranked(seen, _Targets(point, *bounds))
+    copies = (space.repeats[own] - 1).double()
     return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2)
 
 
@@ -109,68 +106,64 @@ class _Targets:
     high: Tensor
 
 
-def _by_counting(space: Space, rows: Tensor, block: Tensor, targets: _Targets) -> tuple[Tensor, Tensor]:
+def _by_counting(seen: Seen, targets: _Targets) -> tuple[Tensor, Tensor]:
     """Compare every point with every bound, what few targets take: count what is nearer than each, and as near."""
+    space = seen.space
     nearer, tied = torch.zeros_like(targets.low, dtype=torch.float64), space.repeats[targets.point].double()
-    (several,) = (space.repeats > 1).nonzero().unbind(1)
-    more, count = (space.repeats[several] - 1).double(), targets.point.shape[1]
+    more, count = (space.repeats[space.several] - 1).double(), targets.point.shape[1]
     size = max(1, COMPARED // space.points)
-    for start, column in pairs_of(range(0, len(rows), size), range(count)):
+    for start, column in pairs_of(range(0, len(seen.rows), size), range(count)):
         part = slice(start, start + size)
-        found = parted(block[part], targets.low[part, column], targets.high[part, column])
-        nearer[part, column] = found.below + found.mask[:, several].double() @ more
-        _decide(space, rows, targets, ((start + found.row) * count + column, found.place), (nearer, tied))
+        found = parted(seen.block[part], targets.low[part, column], targets.high[part, column])
+        nearer[part, column] = found.below + found.mask[:, space.several].double() @ more
+        _decide(seen, targets, ((start + found.row) * count + column, found.place), (nearer, tied))
     return nearer, tied
 
 
-def _by_sorting(space: Space, rows: Tensor, block: Tensor, targets: _Targets) -> tuple[Tensor, Tensor]:
+def _by_sorting(seen: Seen, targets: _Targets) -> tuple[Tensor, Tensor]:
     """Sort the points of each row once for all targets, what many take; otherwise as `_by_counting`."""
-    low, high = targets.low.contiguous(), targets.high.contiguous()
-    if space.points == len(space.rows):
-        ordered = in_order(block)
-        nearer, perhaps = (
-            torch.searchsorted(ordered, bound, right=right).double() for bound, right in ((low, False), (high, True))
-        )
-    else:
-        order = ascending(block)
-        ordered = block.gather(1, order)
-        weights = torch.nn.functional.pad(space.repeats.double()[order].cumsum(1), (1, 0))
-        nearer = weights.gather(1, torch.searchsorted(ordered, low))
-        perhaps = weights.gather(1, torch.searchsorted(ordered, high, right=True))
+    space, low, high = seen.space, targets.low.contiguous(), targets.high.contiguous()
+    ordered = in_order(seen.block)
+    nearer = torch.searchsorted(ordered, low).double()
+    perhaps = torch.searchsorted(ordered, high, right=True).double()
+    several = space.several
+    if len(several):
+        # Copies count for themselves. Few points have any, and sorting with places and weights takes its time.
+        ordered, order = seen.block[:, several].sort(1)
+        more = torch.nn.functional.pad((space.repeats[several] - 1).double()[order].cumsum(1), (1, 0))
+        nearer += more.gather(1, torch.searchsorted(ordered, low))
+        perhaps += more.gather(1, torch.searchsorted(ordered, high, right=True))
     tied = space.repeats[targets.point].double()
     # The target itself is in doubt always; with any other point beside it the two are measured.
     (which,) = (perhaps - nearer > tied).flatten().nonzero().unbind(1)
     for part in which.split(max(1, COMPARED // space.points)):
-        found = parted(block[part // low.shape[1]], low.flatten()[part], high.flatten()[part])
-        _decide(space, rows, targets, (part[found.row], found.place), (nearer, tied))
+        found = parted(seen.block[part // low.shape[1]], low.flatten()[part], high.flatten()[part])
+        _decide(seen, targets, (part[found.row], found.place), (nearer, tied))
     return nearer, tied
 
 
-def _decide(
-    space: Space, rows: Tensor, targets: _Targets, doubt: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]
-) -> None:
+def _decide(seen: Seen, targets: _Targets, doubt: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor]) -> None:
     """Measure the points in doubt, and add those that are nearer than their target, and those tied with it, to sums."""
-    point, count = targets.point.flatten(), targets.point.shape[1]
+    space, point, count = seen.space, targets.point.flatten(), targets.point.shape[1]
     which, near = doubt
     other = near != point[which]
     which, near = which[other], near[other]
     measured, inverse = which.unique(return_inverse=True)
-    goal = space.exact(rows[measured // count], point[measured])[inverse]
-    measure, amount = space.exact(rows[which // count], near), space.repeats[near].double()
+    goal = space.exact(seen.rows[measured // count], point[measured])[inverse]
+    measure, amount = space.exact(seen.rows[which // count], near), space.repeats[near].double()
     nearer, tied = (total.view(-1) for total in sums)
     nearer.index_add_(0, which, amount * (measure < goal * (1 - TIE)))
     tied.index_add_(0, which, amount * ((measure - goal).abs() <= goal * TIE))
 
 
-def _ranks_of_several(space: Space, rows: Tensor, block: Tensor, partners: Partners, some: Tensor) -> Tensor:
+def _ranks_of_several(seen: Seen, partners: Partners, some: Tensor) -> Tensor:
     """Rank all partners of some rows at once: each point counts for the partners that it is nearer than."""
-    targets = _padded_targets(space, rows, partners, some)
+    seen, targets = seen.some(some), _padded_targets(seen, partners, some)
+    space, rows, block = seen.space, seen.rows, seen.block
     counts = partners.counts[some].unsqueeze(1)
-    rows, block = rows[some], block[some]
     farthest = targets.gather(1, counts - 1).squeeze(1)
-    slack = space.slack(rows, farthest, space.dtype).unsqueeze(1)
-    seen = targets - space.offset(rows).unsqueeze(1)
-    low, high = ((seen + sign * slack).to(block.dtype) for sign in (-1, 1))
+    slack, lacking = seen.slack(farthest).unsqueeze(1), targets - seen.offset.unsqueeze(1)
+    low, high = ((lacking + sign * slack).to(block.dtype) for sign in (-1, 1))
     sure, perhaps = _farther(low, block, counts), _as_far(high, block, counts)
     nearer_than = (sure + perhaps).double() / 2
     row, column = (sure != perhaps).nonzero().unbind(1)
@@ -184,7 +177,7 @@ def _ranks_of_several(space: Space, rows: Tensor, block: Tensor, partners: Partn
     return (total / counts + 0.5).squeeze(1)
 
 
-def _padded_targets(space: Space, rows: Tensor, partners: Partners, some: Tensor) -> Tensor:
+def _padded_targets(seen: Seen, partners: Partners, some: Tensor) -> Tensor:
     """Return the measures of the partners of some rows, ascending, padded with infinity."""
     places = torch.full_like(partners.counts, -1)
     places[some] = torch.arange(len(some), device=some.device)
@@ -193,7 +186,7 @@ def _padded_targets(space: Space, rows: Tensor, partners: Partners, some: Tensor
     within = torch.arange(len(row), device=row.device)
     within -= torch.searchsorted(row, row)
     out = torch.full((len(some), int(within.max()) + 1), torch.inf, dtype=torch.float64, device=row.device)
-    out[places[row], within] = space.exact(rows[row], space.own[other])
+    out[places[row], within] = seen.space.exact(seen.rows[row], seen.space.own[other])
     return out.sort(1).values
 
 

@@ -99,14 +99,21 @@ class Moments(Statistic):
         n = rows[0].shape[-2]
         if n == 0:
             return state
+        total = state.n + n
         # One layer at a time: centred copies of all of them would be the largest thing in memory.
-        mu, scatters = zip(*(self._moments(x) for x in rows), strict=True)
-        batch = MomentsState(n=torch.full_like(state.n, n), mu=by_layer(mu), scatters=by_layer(scatters))
-        return state.merge(batch)
+        layers = zip(rows, layer_list(state.mu), layer_list(state.scatters), strict=True)
+        mu, scatters = zip(*(self._with(x, *kept, n / total.double()) for x, *kept in layers), strict=True)
+        return MomentsState(n=total, mu=by_layer(mu), scatters=by_layer(scatters))
 
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, mu = centre(unit_rows(x) if self.normalize_rows else x, torch.float64)
-        return mu, _square(y)
+    def _with(self, x: Tensor, mu: Tensor, scatter: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the rows of one layer, which are the given share of all."""
+        x = unit_rows(x) if self.normalize_rows else x
+        n, d = x.shape[-2:]
+        y = torch.empty(*x.shape[:-2], n + 1, d, dtype=torch.float64, device=x.device)
+        gap = centre(x, torch.float64, out=y[..., :n, :])[1] - mu
+        # One more row adds what Chan's formula adds for the gap between the means.
+        y[..., n, :] = (n * (1 - share)).sqrt() * gap
+        return mu + share * gap, _plus_square(scatter, y)
 
 
 def unit_rows(x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead n d"]:
@@ -126,12 +133,13 @@ def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1.0, x)
 
 
-def _square(y: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead d d"]:
-    """Compute ``y' y`` from the blocks on and above the diagonal."""
+def _plus_square(scatter: Float[Tensor, "*lead d d"], y: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead d d"]:
+    """Compute ``scatter + y' y`` from the blocks on and above the diagonal."""
     d = y.shape[-1]
-    out = y.new_empty(*y.shape[:-2], d, d)
+    out = scatter.clone(memory_format=torch.contiguous_format)
+    wide, flat = y.reshape(-1, *y.shape[-2:]), out.view(-1, d, d)
     for start in range(0, d, COLUMNS):
         stop = min(start + COLUMNS, d)
-        out[..., start:stop, start:] = y[..., start:stop].mT @ y[..., start:]
-        out[..., stop:, start:stop] = out[..., start:stop, stop:].mT
+        flat[:, start:stop, start:].baddbmm_(wide[..., start:stop].mT, wide[..., start:])
+        flat[:, stop:, start:stop] = flat[:, start:stop, stop:].mT
     return out

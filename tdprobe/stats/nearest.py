@@ -90,7 +90,7 @@ def _by_products(space: Space, rows: Tensor, block: Tensor, wanted: Wanted, marg
     of the q-th smallest one, so only candidates within twice that may need an exact measure.
     """
     dtype = block.dtype
-    a, points = smallest(block, wanted.ranks[-1] + margin + wanted.ranks[-1] // 16)
+    a, points = smallest(block, wanted.ranks[-1] + margin + wanted.ranks[-1] // 32)
     a = a.double() + space.offset(rows).unsqueeze(1)
     ceiling = space.ceiling(rows, a, points, dtype)
     reach = ceiling.amax(1)

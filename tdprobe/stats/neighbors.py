@@ -17,10 +17,9 @@ from tdprobe.stats.distances import Space
 from tdprobe.stats.mean_ranks import Partners, mean_ranks, partners_of
 from tdprobe.stats.nearest import Wanted, find_nearest
 from tdprobe.stats.reservoir import ReservoirState
-from tdprobe.stats.state import Derivation, by_layer, layer_list, working_dtype
+from tdprobe.stats.seen import Memory, Seen
+from tdprobe.stats.state import Derivation, all_finite, by_layer, layer_list, working_dtype
 
-# Most rows in a block, and bytes for the blocks of all layers that are needed at once.
-BLOCK, BUDGET = 128, 128 * 2**20
 # Exact measures that ranking in one more layer, and the search for points, take of each row after float32 products.
 DOUBTS = 16
 
@@ -166,7 +165,7 @@ class Neighbors(Derivation):
             first=torch.arange(n, device=rows[0].device).repeat(*lead, layers, 1),
             imbalance=full(squares, squares),
             imbalance_se=full(squares, squares),
-            finite=torch.stack([x.isfinite().flatten(-2).all(-1) for x in rows], -1),
+            finite=torch.stack([all_finite(x) for x in rows], -1),
             rows=by_layer(rows),
         )
 
@@ -200,24 +199,21 @@ class _Pass:
 
     def run(self, table: NeighborTable, index: tuple[int, ...]) -> None:
         n, device = len(table.ids), table.distances.device
-        size = max(16, min(BLOCK, BUDGET // sum(s.points * s.dtype.itemsize for s in self.spaces.values())))
-        # Fresh memory for every block would cost as much as the products in it.
-        memory = {
-            i: torch.empty(size, space.points, dtype=space.dtype, device=device) for i, space in self.spaces.items()
-        }
         sums = torch.zeros(2, len(self.spaces), len(self.spaces), dtype=torch.float64, device=device)
-        for rows in torch.arange(n, device=device).split(size):
-            blocks = {i: space.block(rows, out=memory[i][: len(rows)]) for i, space in self.spaces.items()}
-            partners = []
+        memory = Memory(self.spaces, self.config.imbalance)
+        for rows in torch.arange(n, device=device).split(memory.size):
+            seen, partners = [], []
             for i, space in self.spaces.items():
-                nearest = find_nearest(space, rows, blocks[i], self.wanted)
+                block = space.block(rows, out=memory.of(i, len(rows)))
+                nearest = find_nearest(space, rows, block, self.wanted)
                 table.distances[(*index, i)][rows] = space.distance(nearest.measures[:, self.kept])
                 order = nearest.order
                 table.places[(*index, i)][rows] = torch.where(order >= 0, space.first[order], -1)
                 if self.config.imbalance:
+                    seen.append(memory.keep(i, Seen.of(space, rows, block)))
                     partners.append(partners_of(space, rows, nearest))
             if self.config.imbalance:
-                sums += self._ranks(rows, blocks, partners)
+                sums += _ranks(seen, partners)
         if self.config.imbalance:
             held = torch.tensor(list(self.spaces), device=device)
             total, squares = 2 / n * sums
@@ -226,19 +222,20 @@ class _Pass:
             spread = (2 / n * squares - total.square() / n).clamp(min=0) / (n - 1)
             table.imbalance_se[index][held.unsqueeze(1), held] = (spread / n).sqrt()
 
-    def _ranks(self, rows: Tensor, blocks: dict[int, Tensor], partners: list[Partners]) -> Tensor:
-        """Sum, over some rows, the ranks (and squares) of the nearest rows of each layer in each other one."""
-        count = len(partners)
-        total = torch.empty(2, count, count, dtype=torch.float64, device=rows.device)
-        for place, (i, space) in enumerate(self.spaces.items()):
-            others = [other for other in range(count) if other != place]
-            # In their own layer the nearest rows are tied for the first places.
-            found = ((partners[place].counts + 1) / 2).double().unsqueeze(1)
-            total[:, place, place] = torch.stack([found.sum(), found.square().sum()])
-            if others:
-                found = mean_ranks(space, rows, blocks[i], [partners[other] for other in others])
-                total[:, others, place] = torch.stack([found.sum(0), found.square().sum(0)])
-        return total
+
+def _ranks(seen: Sequence[Seen], partners: Sequence[Partners]) -> Tensor:
+    """Sum, over some rows, the ranks (and squares) of the nearest rows of each layer in each other one."""
+    count = len(partners)
+    total = torch.empty(2, count, count, dtype=torch.float64, device=seen[0].rows.device)
+    for place, layer in enumerate(seen):
+        others = [other for other in range(count) if other != place]
+        # In their own layer the nearest rows are tied for the first places.
+        found = ((partners[place].counts + 1) / 2).double().unsqueeze(1)
+        total[:, place, place] = torch.stack([found.sum(), found.square().sum()])
+        if others:
+            found = mean_ranks(layer, [partners[other] for other in others])
+            total[:, others, place] = torch.stack([found.sum(0), found.square().sum(0)])
+    return total
 
 
 def _directed(x: Float[Tensor, "*lead m d"]) -> Float[Tensor, "*lead m d"]:

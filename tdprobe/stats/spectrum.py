@@ -16,7 +16,7 @@ from tdprobe.errors import ConfigError
 from tdprobe.stats.kernel_rows import KernelRows, check_kernel
 from tdprobe.stats.moments import MomentsState
 from tdprobe.stats.reservoir import ReservoirState
-from tdprobe.stats.state import Derivation, layer_list
+from tdprobe.stats.state import Derivation, all_finite, layer_list
 
 # Variance relative to the mean square that still counts as none.
 CONSTANT = 1e-12
@@ -113,7 +113,7 @@ class Spectrum(Derivation):
 
     def _of_rows(self, x: Float[Tensor, "*lead n d"]) -> tuple[Tensor, Tensor, Tensor]:
         lead, n = x.shape[:-2], x.shape[-2]
-        finite = x.isfinite().flatten(-2).all(-1)
+        finite = all_finite(x)
         purity = torch.full(lead, torch.nan, dtype=torch.float64, device=x.device)
         shares = torch.full((*lead, n * self.values), torch.nan, dtype=torch.float64, device=x.device)
         options = {"center": self.center, "normalize_rows": self.normalize_rows}

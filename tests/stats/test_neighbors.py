@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from neighbor_tools import hard_layers, imbalance, neighbour_distances
 from tdprobe.errors import ConfigError
-from tdprobe.stats import Neighbors, Reservoir, nearest, neighbors
+from tdprobe.stats import Neighbors, Reservoir, nearest, seen
 from tdprobe.stats import distances as distances_module
 from tdprobe.stats.distances import Space
 from tdprobe.stats.order import smallest
@@ -118,7 +118,7 @@ class TestMemory:
     @pytest.mark.parametrize("config", [Neighbors((1, 2)), Neighbors((30, 60)), Neighbors((1, 2), imbalance=True)])
     def test_is_bounded_by_the_block_and_nothing_of_length_n_is_sorted(self, config, monkeypatch):
         n = 3000
-        monkeypatch.setattr(neighbors, "BUDGET", 2**19)
+        monkeypatch.setattr(seen, "BUDGET", 2**19)
         rows = [torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
         with Watch() as watch:
             config.of_rows(rows)
@@ -129,7 +129,7 @@ class TestMemory:
     def test_blocks_do_not_show_in_the_result(self, monkeypatch):
         rows = [*LAYERS["related"], *LAYERS["repeated"], *LAYERS["binary"]]
         whole = Neighbors(RANKS, imbalance=True).of_rows(rows)
-        monkeypatch.setattr(neighbors, "BLOCK", 17)
+        monkeypatch.setattr(seen, "BLOCK", 17)
         for module in (distances_module, nearest):
             monkeypatch.setattr(module, "EXACT_BLOCK", 500)
         monkeypatch.setattr(distances_module, "STEP", 64)

@@ -19,7 +19,7 @@ from tdprobe.stats.kernel_layer import Rows
 from tdprobe.stats.kernels import BLOCK, BUDGET, EPS, GROUPS, product_dtype
 from tdprobe.stats.order import smallest
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
-from tdprobe.stats.state import Statistic, layer_list
+from tdprobe.stats.state import Statistic, all_finite, layer_list
 from tdprobe.stream.batch import Batch
 
 # Candidates beyond the wanted neighbours, which are told apart in float64.
@@ -113,7 +113,7 @@ class CknnaEstimator(PairEstimator):
         lead, device, groups = rows[0].shape[:-2], rows[0].device, min(GROUPS, n)
         # The caller's autograd, autocast and inference mode are the model's.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            finite = torch.stack([x.isfinite().flatten(-2).all(-1).to(device) for x in rows], -1)
+            finite = torch.stack([all_finite(x).to(device) for x in rows], -1)
             shape = (groups, groups, *lead, len(rows), len(rows))
             products = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
             for index in product(*map(range, lead)):
