@@ -13,7 +13,7 @@ import torch
 from tensordict import TensorClass, TensorDict
 from torch import Tensor
 
-from tdprobe._types import Bool, Float
+from tdprobe._types import Bool, Float, Real
 from tdprobe.errors import ConfigError
 
 
@@ -181,7 +181,7 @@ def working_dtype(rows: Sequence[Tensor]) -> torch.dtype:
     return reduce(torch.promote_types, (x.dtype for x in rows), torch.float32)
 
 
-def all_finite(x: Float[Tensor, "*lead n d"]) -> Bool[Tensor, "*lead"]:
+def all_finite(x: Real[Tensor, "*lead n d"]) -> Bool[Tensor, "*lead"]:
     """Tell whether all numbers are finite, by their extremes: a fraction of the time of asking each."""
     flat = x.flatten(-2)
     if flat.shape[-1] == 0:

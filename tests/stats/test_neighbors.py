@@ -14,7 +14,7 @@ from tdprobe.errors import ConfigError
 from tdprobe.stats import Neighbors, Reservoir, nearest, seen
 from tdprobe.stats import distances as distances_module
 from tdprobe.stats.distances import Space
-from tdprobe.stats.order import smallest
+from tdprobe.stats.order import parted, smallest
 
 LAYERS = hard_layers()
 SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() for side in "ab"}
@@ -64,6 +64,31 @@ class TestExactness:
             other = space.own != torch.arange(space.points).unsqueeze(1)
             assert bool((off <= space.slack(rows, exact, dtype))[other.mT].all())
 
+    @pytest.mark.parametrize("name", ["ordinary", "outliers", "massive column", "tight clusters", "offset", "line"])
+    def test_measures_kept_as_float32_err_by_no_more_than_their_slack(self, name):
+        for x in LAYERS[name]:
+            space, rows = Space(x), torch.arange(len(x))
+            block = seen.Seen.of(space, rows, space.block(rows, torch.float64))
+            kept = block.rounded(torch.empty(len(rows), space.points))
+            exact = space.exact_block(rows)
+            other = (space.own != torch.arange(space.points).unsqueeze(1)).mT
+            assert bool(((kept.block.double() - exact).abs() <= kept.slack(exact))[other].all())
+            assert bool(
+                (exact <= kept.ceiling(kept.block.double(), torch.arange(space.points).expand_as(exact)))[other].all()
+            )
+
+    @pytest.mark.parametrize("share", [1, 20, 45])
+    def test_a_few_huge_rows_do_not_coarsen_what_is_known_of_the_others(self, share):
+        x = torch.randn(400, 16, generator=torch.Generator().manual_seed(share))
+        huge = torch.arange(400) < 4 * share
+        alone = Space(x[~huge])
+        mixed = Space(torch.where(huge.unsqueeze(1), 1e4 + 10 * x, x))
+        rows, reach = torch.arange(400)[~huge], torch.full((int((~huge).sum()),), 30.0)
+        slack = mixed.slack(rows, reach * mixed.scale**2, torch.float32) / mixed.scale**2
+        usual = alone.slack(rows - 4 * share, reach * alone.scale**2, torch.float32) / alone.scale**2
+        # About the mean, rows would be as long as the huge ones, and the slack 10,000 times this.
+        assert bool((slack <= 3 * usual).all())
+
     def test_lower_precision_of_products_is_noticed(self, monkeypatch):
         x, y = LAYERS["ordinary"]
         usual = Neighbors(RANKS, imbalance=True).of_rows([x, y])
@@ -97,6 +122,21 @@ class TestExactness:
         found, places = smallest(row, k)
         assert torch.equal(found.sort().values, row.sort().values[:, :k])
         assert torch.equal(row.gather(1, places), found) and len(set(places[0].tolist())) == found.shape[1]
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.integers(1, 3), st.sampled_from([1, 7, 8, 9, 2039, 2040, 2041, 4090]), st.integers(0, 2**31), st.booleans()
+    )
+    def test_parted_finds_what_comparing_finds(self, rows, columns, seed, wide):
+        generator = torch.Generator().manual_seed(seed)
+        block = torch.randint(-9, 9, (rows, columns), generator=generator).to(torch.float64 if wide else torch.float32)
+        block[:, -1] = torch.inf
+        low = torch.randint(-12, 9, (rows,), generator=generator).to(block.dtype)
+        found = parted(block, low, high := low + 1)
+        between = (block >= low.unsqueeze(1)) & (block <= high.unsqueeze(1))
+        assert torch.equal(found.mask, block < low.unsqueeze(1))
+        assert torch.equal(found.below, found.mask.sum(1))
+        assert torch.equal(torch.stack([found.row, found.place]), torch.stack(between.nonzero().unbind(1)))
 
 
 class Watch(TorchDispatchMode):
