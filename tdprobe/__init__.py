@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy(
         "tdprobe.latent.probing": ["Probing"],
         "tdprobe.latent.steering_vectors": ["SteeringVectors"],
         "tdprobe.latent.scoring": ["LayerScoring"],
-        "tdprobe.latent.representation_similarity": ["CkaEstimator"],
+        "tdprobe.latent.representation_similarity.cka": ["CkaEstimator"],
         "tdprobe.tables": ["ScoreTable"],
         "tdprobe.errors": ["TdprobeError"],
     },
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tdprobe.latent.activation_caching import ActivationCaching
     from tdprobe.latent.activation_patching import ActivationPatching
     from tdprobe.latent.probing import Probing
-    from tdprobe.latent.representation_similarity import CkaEstimator
+    from tdprobe.latent.representation_similarity.cka import CkaEstimator
     from tdprobe.latent.scoring import LayerScoring
     from tdprobe.latent.steering_vectors import SteeringVectors
     from tdprobe.tables import ScoreTable

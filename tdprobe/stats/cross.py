@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -15,6 +15,10 @@ from tdprobe.stats.cross_state import CrossState, pairs
 from tdprobe.stats.sketch import sketch_map
 from tdprobe.stats.state import Statistic, by_layer, centre, check_widths, layer_list, undisturbed, working_dtype
 
+# Rows that are centred at a time: few enough to stay in cache, enough to make a product worth its sum.
+TILE = 2048
+# Columns of a layer whose products with another one are made at a time.
+STRIP = 128
 # Columns of a sketch that is taken because the exact products would be too large.
 SKETCH = 256
 
@@ -121,52 +125,95 @@ class Cross(Statistic):
         n, dtype = rows[0].shape[-2], working_dtype(rows)
         if n == 0:
             return state
-        count = torch.full_like(state.n, n)
         precision = state.precision.clamp(min=torch.finfo(dtype).eps)
         # What one stream keeps for several estimators may be more than one of them asks for.
         if self.unbiased or state.unbiased:
-            return state.merge(self._batch(state, rows, count, precision))
-        parts, mu = self._centred(rows, dtype, state.columns, room=1)
-        share = count / (state.n + count).double()
-        gaps = [new - old for new, old in zip(mu, layer_list(state.mu), strict=True)]
-        # The gap of the means enters the merged products like one more row.
+            return state.merge(self._batch(state, rows, torch.full_like(state.n, n), precision))
+        mu, seen = layer_list(state.mu), state.n
+        cross = state.cross
+        buffers = _empty(rows, dtype, state.columns, min(n, TILE) + 1)
+        for start in range(0, n, TILE):
+            tile = [x[..., start : start + TILE, :] for x in rows]
+            parts = [x[..., : tile[0].shape[-2] + 1, :] for x in buffers]
+            seen, mu = self._beside_gap(tile, parts, seen, mu)
+            # What was given keeps its value; what was made here needs no copy.
+            cross = _added(cross, parts, into_new=start == 0)
+        return state.replaced(n=seen, mu=by_layer(mu), cross=TensorDict(cross), precision=precision)
+
+    def _beside_gap(
+        self, rows: Sequence[Tensor], parts: Sequence[Tensor], seen: Tensor, old: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Write to ``parts`` what ``seen`` rows of means ``old`` gain by more; return the number and means of all.
+
+        The gap of the means enters the merged products like one more row.
+        """
+        n = rows[0].shape[-2]
+        share = n / (seen + n).double()
+        new = self._centre(rows, [part[..., :n, :] for part in parts])
+        gaps = [b - a for a, b in zip(old, new, strict=True)]
         for part, gap in zip(parts, gaps, strict=True):
-            part[..., n, :] = gap * (state.n * share).sqrt()
-        return state.replaced(
-            n=state.n + count,
-            mu=by_layer(old + share * gap for old, gap in zip(layer_list(state.mu), gaps, strict=True)),
-            cross=TensorDict({key: state.cross[key] + parts[i].mT @ parts[j] for i, j, key in pairs(len(rows))}),
-            precision=precision,
-        )
+            part[..., n, :] = gap * (seen * share).sqrt()
+        return seen + n, [a + share * gap for a, gap in zip(old, gaps, strict=True)]
 
     def _batch(self, state: CrossState, rows: Sequence[Tensor], n: Tensor, precision: Tensor) -> CrossState:
         """Return the state of one update, with the sums behind the unbiased product."""
-        layers = len(rows)
-        parts, mu = self._centred(rows, working_dtype(rows), state.columns)
+        parts = _empty(rows, working_dtype(rows), state.columns, rows[0].shape[-2])
+        mu = self._centre(rows, parts)
+        nothing = torch.zeros((), dtype=torch.float64, device=rows[0].device)
+        zeros = {key: nothing.expand_as(state.cross[key]) for _, _, key in pairs(len(rows))}
         k = torch.stack([torch.linalg.vector_norm(y, dim=-1).square() for y in parts], -1)
         return state.replaced(
             n=n,
             mu=by_layer(mu),
-            cross=TensorDict({key: (parts[i].mT @ parts[j]).double() for i, j, key in pairs(layers)}),
+            cross=TensorDict(_added(zeros, parts, into_new=True)),
             cubic=by_layer((y.mT @ k).double() for y in parts),
             quartic=k.double().mT @ k.double(),
             precision=precision,
         )
 
-    def _centred(
-        self, rows: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[int], room: int = 0
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the centred rows of each layer, with room for more below, and their means."""
-        parts, mu, n = [], [], rows[0].shape[-2]
-        for layer, (x, kept) in enumerate(zip(rows, columns, strict=True)):
-            part = torch.empty((*x.shape[:-2], n + room, kept), dtype=dtype, device=x.device)
-            if kept == x.shape[-1]:
-                means = centre(x, dtype, part[..., :n, :])[1]
+    def _centre(self, rows: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
+        """Write the centred rows of each layer to ``parts``, and return their means."""
+        mu = []
+        for layer, (x, part) in enumerate(zip(rows, parts, strict=True)):
+            width, kept = x.shape[-1], part.shape[-1]
+            if kept == width:
+                means = centre(x, part.dtype, part)[1]
             else:
-                y, means = centre(x, dtype)
-                w = sketch_map(x.shape[-1], kept, self.seed, layer).to(x.device)
-                torch.matmul(y, w.to(dtype), out=part[..., :n, :])
+                y, means = centre(x, part.dtype)
+                w = sketch_map(width, kept, self.seed, layer).to(x.device)
+                torch.matmul(y, w.to(part.dtype), out=part)
                 means = means @ w.double()
-            parts.append(part)
             mu.append(means)
-        return parts, mu
+        return mu
+
+
+def _empty(rows: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[int], n: int) -> list[Tensor]:
+    """Return room for n rows of each layer."""
+    return [x.new_empty((*x.shape[:-2], n, kept), dtype=dtype) for x, kept in zip(rows, columns, strict=True)]
+
+
+def _added(cross: Mapping[str, Tensor] | TensorDict, parts: Sequence[Tensor], *, into_new: bool) -> dict[str, Tensor]:
+    """Add the products of all pairs to their sums, in place or into new tensors."""
+    found = {}
+    for i, j, key in pairs(len(parts)):
+        old = cross[key]
+        if parts[i].shape[-1] > STRIP:
+            found[key] = torch.empty_like(old) if into_new else old
+            _add_in_strips(old, parts[i], parts[j], found[key], symmetric=i == j)
+        else:
+            product = parts[i].mT @ parts[j]
+            found[key] = old + product if into_new else old.add_(product)
+    return found
+
+
+def _add_in_strips(old: Tensor, x: Tensor, y: Tensor, out: Tensor, *, symmetric: bool) -> None:
+    """Write ``old + x' y``, a few rows at a time: a product is still in cache when it is added.
+
+    Of a symmetric product only what is right of a strip's first diagonal element is computed.
+    """
+    for start in range(0, x.shape[-1], STRIP):
+        end, first = start + STRIP, start if symmetric else 0
+        product = x[..., start:end].mT @ y[..., first:]
+        torch.add(old[..., start:end, first:], product, out=out[..., start:end, first:])
+        if symmetric:
+            out[..., end:, start:end] = out[..., start:end, end:].mT

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tdprobe.errors import ConfigError
 from tdprobe.stats import Cross, Moments
+from tdprobe.stats.cross import STRIP, TILE
 
 FIELDS = ("n", "mu", "cross", "cubic", "quartic")
 
@@ -101,6 +102,32 @@ def test_float32_holds_at_an_offset_that_changes_between_batches(offset, unbiase
     check(feed(Cross(unbiased), split(moved, [300, 300])), moved, unbiased, rtol=1e-4)
 
 
+@pytest.mark.parametrize("lead", [(), (2,)])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_many_rows_and_wide_layers_give_the_value_of_all_rows(unbiased, lead):
+    # More rows than are centred at a time, and more columns than are multiplied at a time; the last parts are short.
+    n, widths = 2 * TILE + 100, [3, STRIP, STRIP + 2, 2 * STRIP + 44]
+    sets = [layers_of(n, widths, seed) for seed in range(max(lead, default=1))]
+    rows = [torch.stack(layer).reshape(*lead, n, -1) for layer in zip(*sets, strict=True)]
+    state = feed(Cross(unbiased), split(rows, [100, n - 100]))
+    centred = [x - x.mean(-2, keepdim=True) for x in rows]
+    for i, x in enumerate(centred):
+        for j, y in enumerate(centred):
+            size = float((x.mT @ x).abs().max() * (y.mT @ y).abs().max()) ** 0.5
+            torch.testing.assert_close(state.block(i, j), x.mT @ y, rtol=1e-9, atol=1e-11 * size)
+    torch.testing.assert_close(torch.cat([*state.mu.values()], -1), torch.cat(rows, -1).mean(-2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_float32_holds_over_many_rows_and_wide_layers(offset):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(TILE + 500, 2, generator=generator)
+    drift = torch.arange(TILE + 500).ge(TILE).unsqueeze(1) * 3
+    rows = [torch.cat([common, torch.randn(len(common), d, generator=generator)], 1) + offset for d in (30, STRIP)]
+    for moved in (rows, [x + drift for x in rows]):
+        check(feed(Cross(), [moved]), moved, False, rtol=1e-4)
+
+
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_leading_dimensions_are_data_sets_of_their_own(unbiased):
     sets = [layers_of(15, [4, 6], seed) for seed in range(6)]
@@ -110,12 +137,14 @@ def test_leading_dimensions_are_data_sets_of_their_own(unbiased):
         np.testing.assert_allclose(state.hsic[index // 3, index % 3], reference(rows, unbiased), rtol=1e-9)
 
 
-def test_update_leaves_state_and_rows_as_they_were():
-    rows = layers_of(20, [4, 6])
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize(("n", "width"), [(20, 6), (TILE + 20, 6), (TILE + 20, STRIP + 6)])
+def test_update_leaves_state_and_rows_as_they_were(n, width, unbiased):
+    rows = layers_of(n, [4, width])
     copies = [x.clone() for x in rows]
-    state = feed(Cross(True), [rows])
+    state = feed(Cross(unbiased), [rows])
     before = state.clone()
-    Cross(True).update(state, [x + 5 for x in rows], torch.arange(20))
+    Cross(unbiased).update(state, [x + 5 for x in rows], torch.arange(n))
     assert all(map(torch.equal, rows, copies))
     assert all((getattr(state, name) == getattr(before, name)).all() for name in FIELDS)
 
