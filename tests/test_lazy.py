@@ -12,12 +12,16 @@ import pytest
 
 INIT = """
 from tdprobe._lazy import lazy
-__getattr__, __dir__, __all__ = lazy(
-    __name__,
-    {"lazy_sample.shapes": ["Circle", "area"], "lazy_sample.broken": ["Never"], "lazy_sample.shapes_too": ["Moved"]},
-    modules=["shapes", "broken"],
-)
+__getattr__, __dir__, __all__ = lazy(__name__, __file__)
 plain = 1
+"""
+STUB = """
+from lazy_sample import broken as broken, shapes as shapes
+from lazy_sample.broken import Never as Never
+from lazy_sample.shapes import Circle as Circle
+from lazy_sample.shapes import area as area
+from lazy_sample.shapes_too import Moved as Moved
+plain: int
 """
 
 
@@ -26,6 +30,7 @@ def sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     folder = tmp_path / "lazy_sample"
     folder.mkdir()
     (folder / "__init__.py").write_text(INIT, encoding="utf-8")
+    (folder / "__init__.pyi").write_text(STUB, encoding="utf-8")
     (folder / "shapes.py").write_text("class Circle: pass\ndef area(r): return 3 * r * r\n", encoding="utf-8")
     (folder / "broken.py").write_text("import no_such_package_anywhere\n", encoding="utf-8")
     (folder / "shapes_too.py").write_text("", encoding="utf-8")
