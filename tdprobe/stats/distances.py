@@ -204,7 +204,9 @@ class Space:
 
     def measure(self, distance: float) -> float:
         """Turn a distance into a measure."""
-        return (distance * self.scale) ** 2 if self.p == 2 else distance
+        scaled = distance * self.scale
+        # A power of a float raises where this overflows to infinity.
+        return scaled * scaled if self.p == 2 else distance
 
     @cached_property
     def _wide(self) -> Tensor:

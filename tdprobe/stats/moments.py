@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -99,20 +100,20 @@ class Moments(Statistic):
         n = rows[0].shape[-2]
         if n == 0:
             return state
-        total = state.n + n
         # One layer at a time: centred copies of all of them would be the largest thing in memory.
         layers = zip(rows, layer_list(state.mu), layer_list(state.scatters), strict=True)
-        mu, scatters = zip(*(self._with(x, *kept, n / total.double()) for x, *kept in layers), strict=True)
-        return MomentsState(n=total, mu=by_layer(mu), scatters=by_layer(scatters))
+        mu, scatters = zip(*(self._with(x, *kept, state.n) for x, *kept in layers), strict=True)
+        return MomentsState(n=state.n + n, mu=by_layer(mu), scatters=by_layer(scatters))
 
-    def _with(self, x: Tensor, mu: Tensor, scatter: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the rows of one layer, which are the given share of all."""
+    def _with(self, x: Tensor, mu: Tensor, scatter: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the rows of one layer to the moments of as many rows as came before."""
         x = unit_rows(x) if self.normalize_rows else x
         n, d = x.shape[-2:]
+        share = n / (before + n).double()
         y = torch.empty(*x.shape[:-2], n + 1, d, dtype=torch.float64, device=x.device)
         gap = centre(x, torch.float64, out=y[..., :n, :])[1] - mu
         # One more row adds what Chan's formula adds for the gap between the means.
-        y[..., n, :] = (n * (1 - share)).sqrt() * gap
+        y[..., n, :] = (before * share).sqrt() * gap
         return mu + share * gap, _plus_square(scatter, y)
 
 
@@ -135,9 +136,9 @@ def _nonzero(x: Tensor) -> Tensor:
 
 def _plus_square(scatter: Float[Tensor, "*lead d d"], y: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead d d"]:
     """Compute ``scatter + y' y`` from the blocks on and above the diagonal."""
-    d = y.shape[-1]
+    d, sets = y.shape[-1], math.prod(y.shape[:-2])
     out = scatter.clone(memory_format=torch.contiguous_format)
-    wide, flat = y.reshape(-1, *y.shape[-2:]), out.view(-1, d, d)
+    wide, flat = y.view(sets, *y.shape[-2:]), out.view(sets, d, d)
     for start in range(0, d, COLUMNS):
         stop = min(start + COLUMNS, d)
         flat[:, start:stop, start:].baddbmm_(wide[..., start:stop].mT, wide[..., start:])

@@ -183,10 +183,9 @@ def working_dtype(rows: Sequence[Tensor]) -> torch.dtype:
 
 def all_finite(x: Real[Tensor, "*lead n d"]) -> Bool[Tensor, "*lead"]:
     """Tell whether all numbers are finite, by their extremes: a fraction of the time of asking each."""
-    flat = x.flatten(-2)
-    if flat.shape[-1] == 0:
-        return torch.ones(flat.shape[:-1], dtype=torch.bool, device=x.device)
-    return flat.amax(-1).isfinite() & flat.amin(-1).isfinite()
+    if 0 in x.shape[-2:]:
+        return torch.ones(x.shape[:-2], dtype=torch.bool, device=x.device)
+    return x.amax((-2, -1)).isfinite() & x.amin((-2, -1)).isfinite()
 
 
 def centre(

@@ -66,6 +66,20 @@ def test_float32_rows_at_an_offset_keep_their_scatter():
     np.testing.assert_allclose(state.scatters["0"], expected, rtol=1e-4, atol=1e-4 * 2000)
 
 
+def test_few_rows_before_many_keep_their_weight():
+    # Of numbers 3 and 100,000 times 0 the scatter is 9 * 100,000 / 100,001.
+    state = feed([[torch.full((1, 1), 3.0)], [torch.zeros(100_000, 1)]])
+    assert float(state.scatters["0"]) == pytest.approx(900_000 / 100_001, rel=1e-14)
+
+
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_layer_without_columns_leaves_the_others_alone(lead):
+    rows = [torch.zeros(*lead, 6, 0), torch.arange(12.0).reshape(6, 2).expand(*lead, 6, 2)]
+    state = feed(split(rows, [2, 4]))
+    assert state.scatters["0"].shape == (*lead, 0, 0)
+    assert bool((state.scatters["1"] == 70).all()) and bool((state.mu["1"] == torch.tensor([5.0, 6.0])).all())
+
+
 def test_leading_dimensions_and_more_than_ten_layers_keep_their_places():
     sets = [layers_of(9, range(1, 13), seed) for seed in range(2)]
     stacked = [torch.stack(layer) for layer in zip(*sets, strict=True)]

@@ -213,6 +213,10 @@ class TestTable:
         assert torch.equal(whole.imbalance[1, 2], one.imbalance)
         assert torch.equal(whole.distances[1, 2], one.distances)
 
+    def test_nothing_counts_where_all_rows_are_nearer_than_any_scale_of_theirs(self):
+        rows = torch.arange(4.0, dtype=torch.float64).unsqueeze(1) * 1e-310
+        assert Neighbors((1,), distinct=False, beyond=0.5).of_rows([rows]).distances.isinf().all()
+
     def test_a_bank_gives_what_its_rows_give(self):
         x, ids = torch.randn(60, 4), torch.arange(60) * 7
         state = Reservoir(25).update(Reservoir(25).init([x], ids), [x], ids)

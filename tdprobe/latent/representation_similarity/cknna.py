@@ -167,7 +167,7 @@ def _keep_neighbours(space: Rows, rows: Tensor, gram: Tensor, square: Tensor, k:
     near = exact <= reach * (1 + TIE)
     out.scatter_(1, places, gram.gather(1, places).mul_(near))
     # Where all candidates may be tied, more rows may be than are candidates.
-    crowded = (fast.amax(1, keepdim=True) <= reach + 2 * space.noise).squeeze(1)
+    crowded = (fast[:, -1:] <= reach + 2 * space.noise).squeeze(1)
     if fast.shape[1] < square.shape[1] - 1 and bool(crowded.any()):
         tied = square[crowded] <= reach[crowded] + space.noise
         out[crowded] = gram[crowded].mul_(tied)
