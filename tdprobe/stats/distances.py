@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
+from tdprobe.stats.precision import float32_is_exact
 
 # Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
 SLICE, TILE = 128, 2048
@@ -103,31 +104,37 @@ class Space:
     ) -> Float[Tensor, "r u"]:
         """Return the measure of some rows to all points, up to a number per row (`offset`).
 
-        ``|y|^2 - 2 x.y`` of centred rows: with ``|x|^2`` it would be the squared distance. The row's own
-        point is at infinity.
-
-        Args:
-            rows: Places of the rows.
-            dtype: What to compute in, by default `dtype`.
-            out: Memory for the result.
+        ``|y|^2 - 2 x.y`` of centred rows in float32, where ``|x|^2`` would cost digits; in float64 the squared
+        distance. The row's own point is at infinity. Computed in `dtype` by default.
         """
         if self.p != 2:
             return self.exact_block(rows)
-        points, squares = self._centred(dtype or self.dtype)
+        dtype = dtype or self.dtype
+        points = self._usual[0] if dtype == self.dtype else self._far
         left = points[self.own[rows]]
         out = left.new_empty(len(rows), self.points) if out is None else out
-        height, width = self._tile(out.dtype)
-        for start, column in pairs_of(range(0, self.points, height), range(0, points.shape[1], width)):
-            tile, part = out[:, start : start + height], slice(column, column + width)
-            if column == 0:
-                tile.copy_(squares[start : start + height].expand_as(tile))
-            tile.addmm_(left[:, part], points[start : start + height, part].mT, alpha=-2)
+        if dtype == torch.float64:
+            # (x, |x|^2, 1) becomes (-2 x, 1, |x|^2).
+            left[:, :-2] *= -2
+            left[:, -2:] = left[:, -2:].flip(1)
+            torch.mm(left, points.mT, out=out)
+        else:
+            self._in_slices(left, points, out)
         return out.scatter_(1, self.own[rows].unsqueeze(1), torch.inf)
 
-    def offset(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r"]:
-        """Return what `block` leaves out of each row, float64."""
-        norms = self._norms[self.own[rows]]
-        return norms.square() if self.p == 2 else torch.zeros_like(norms)
+    def _in_slices(self, left: Tensor, points: Tensor, out: Tensor) -> None:
+        squares = self._norms.square().to(out.dtype)
+        for start, column in pairs_of(range(0, self.points, TILE), range(0, points.shape[1], SLICE)):
+            tile, part = out[:, start : start + TILE], slice(column, column + SLICE)
+            if column == 0:
+                tile.copy_(squares[start : start + TILE].expand_as(tile))
+            tile.addmm_(left[:, part], points[start : start + TILE, part].mT, alpha=-2)
+
+    def offset(self, rows: Int[Tensor, "r"], dtype: torch.dtype) -> Float[Tensor, "r"]:
+        """Return what `block` in a dtype leaves out of each row, float64."""
+        if self.p == 2 and dtype == torch.float32:
+            return self._norms[self.own[rows]].square()
+        return torch.zeros(len(rows), dtype=torch.float64, device=self.rows.device)
 
     def slack(self, rows: Int[Tensor, "r"], reach: Float[Tensor, "r *k"], dtype: torch.dtype) -> Float[Tensor, "r *k"]:
         """Bound the error of `block` + `offset` for points within a reach, with room for ties.
@@ -165,13 +172,10 @@ class Space:
 
     def gamma(self, dtype: torch.dtype) -> float:
         """Return the error of a squared distance relative to ``(|x| + |y|)^2``."""
-        width, step = self.rows.shape[1], self._tile(dtype)[1]
-        terms = min(width, step) / 2 + math.ceil(width / step) + 12
-        return terms * torch.finfo(dtype).eps / 2
-
-    def _tile(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Return how many points and columns go into one product; those of float64 have digits to spare."""
-        return (TILE, SLICE) if dtype == torch.float32 else (self.points, self.rows.shape[1])
+        width = self.rows.shape[1]
+        # In float32 the norms are added last; in float64 there are digits to spare for any order.
+        terms = width if dtype == torch.float64 else min(width, SLICE) / 2 + math.ceil(width / SLICE)
+        return (terms + 12) * torch.finfo(dtype).eps / 2
 
     def _tiny(self, dtype: torch.dtype) -> float:
         # What underflow may take from each product.
@@ -212,39 +216,32 @@ class Space:
     def _wide(self) -> Tensor:
         return self.rows[self.first].double()
 
+    @property
+    def _norms(self) -> Tensor:
+        return self._usual[1]
+
     @cached_property
-    def _near(self) -> Tensor:
-        return self._centre(torch.float32)
+    def _usual(self) -> tuple[Tensor, Tensor]:
+        return self._centred(self.dtype)
 
     @cached_property
     def _far(self) -> Tensor:
-        return self._centre(torch.float64)
-
-    def _centre(self, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.points, self.rows.shape[1], dtype=dtype, device=self.rows.device)
-        for start in range(0, self.points, self._rows_at_once):
-            part = slice(start, start + self._rows_at_once)
-            out[part] = (self.rows[self.first[part]] - self.middle) * self.scale
-        return out
+        return self._centred(torch.float64)[0]
 
     def _centred(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        points = self._near if dtype == torch.float32 else self._far
-        return points, self._norms.square().to(dtype)
-
-    @cached_property
-    def _norms(self) -> Tensor:
-        parts = self.first.split(self._rows_at_once)
-        centred = ((self.rows[part] - self.middle) * self.scale for part in parts)
-        return torch.cat([torch.linalg.vector_norm(part, dim=1) for part in centred])
+        """Return the centred points x in a dtype, in float64 as (x, |x|^2, 1), and their lengths in float64."""
+        width = self.rows.shape[1]
+        out = torch.ones(self.points, width + 2 * (dtype == torch.float64), dtype=dtype, device=self.rows.device)
+        norms = torch.empty(self.points, dtype=torch.float64, device=self.rows.device)
+        for start in range(0, self.points, self._rows_at_once):
+            part = slice(start, start + self._rows_at_once)
+            gap = self.rows.index_select(0, self.first[part]).double().sub_(self.middle).mul_(self.scale)
+            out[part, :width] = gap
+            norms[part] = torch.linalg.vector_norm(gap, dim=1)
+        if dtype == torch.float64:
+            out[:, width] = norms.square()
+        return out, norms
 
     @cached_property
     def _longest(self) -> float:
         return float(self._norms.max())
-
-
-def float32_is_exact(device: torch.device) -> bool:
-    """Tell whether products of float32 are computed in float32, and not in TF32 or bfloat16."""
-    # There are several switches, by backend, old and new; what they do shows in a product as large as ours.
-    left, right = torch.zeros(TILE // 8, SLICE, device=device), torch.ones(SLICE, TILE, device=device)
-    left[:, 0] = 1 + 2.0**-20
-    return bool((left @ right == left[0, 0]).all())

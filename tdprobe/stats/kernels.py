@@ -11,9 +11,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from tdprobe.stats.distances import float32_is_exact
 from tdprobe.stats.kernel_layer import Fitted, Kernel, Rows
 from tdprobe.stats.pair_sums import PairSums
+from tdprobe.stats.precision import float32_is_exact
 from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.state import Derivation, all_finite, layer_list, working_dtype
 

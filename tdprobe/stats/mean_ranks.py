@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product as pairs_of
 
 import torch
@@ -34,6 +35,11 @@ class Partners:
     row: Tensor
     other: Tensor
     counts: Tensor
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The first one of each row, ``(r,)``."""
+        return self.other[self.counts.cumsum(0) - self.counts]
 
 
 def partners_of(space: Space, rows: Int[Tensor, "r"], nearest: Nearest) -> Partners:
@@ -70,14 +76,14 @@ def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]
     ranks = torch.full(counts.shape, n / 2, dtype=torch.float64, device=counts.device)
     single = (counts == 1) & (counts < n - 1)
     if bool(single.any()):
-        other = torch.stack([found.other[found.counts.cumsum(0) - found.counts] for found in partners], 1)
+        other = torch.stack([found.first for found in partners], 1)
         ranks = torch.where(single, _ranks_of_one(seen, other), ranks)
-    for column, found in enumerate(partners):
-        (some,) = ((found.counts > 1) & (found.counts < n - 1)).nonzero().unbind(1)
-        if len(some):
-            most = max(seen.space.points, int(found.counts[some].max()))
-            for part in some.split(max(1, EXACT_BLOCK // most)):
-                ranks[part, column] = _ranks_of_several(seen, found, part)
+    several = (counts > 1) & (counts < n - 1)
+    for column in several.any(0).nonzero().flatten().tolist():
+        (some,) = several[:, column].nonzero().unbind(1)
+        most = max(seen.space.points, int(counts[some, column].max()))
+        for part in some.split(max(1, EXACT_BLOCK // most)):
+            ranks[part, column] = _ranks_of_several(seen, partners[column], part)
     return ranks
 
 

@@ -91,7 +91,7 @@ def _by_products(space: Space, rows: Tensor, block: Tensor, wanted: Wanted, marg
     """
     dtype = block.dtype
     a, points = smallest(block, wanted.ranks[-1] + margin + wanted.ranks[-1] // 32)
-    a = a.double() + space.offset(rows).unsqueeze(1)
+    a = a.double() + space.offset(rows, dtype).unsqueeze(1)
     ceiling = space.ceiling(rows, a, points, dtype)
     reach = ceiling.amax(1)
     slack, rounding = (bound(rows, reach, dtype).unsqueeze(1) for bound in (space.slack, space.rounding))

@@ -224,7 +224,7 @@ class _Layer:
         for start in range(0, len(rows), size):
             space, part = self._space, rows[start : start + size]
             target = space.exact(part, space.own[self.places[part, -1]])
-            gap = (space.block(part).double() + (space.offset(part) - target).unsqueeze(1)).abs()
+            gap = (space.block(part).double() + (space.offset(part, space.dtype) - target).unsqueeze(1)).abs()
             row, point = (gap <= space.slack(part, target, space.dtype).unsqueeze(1)).nonzero().unbind(1)
             tied = (space.exact(part[row], point) - target[row]).abs() <= 2 * TIE * target[row]
             found.append(torch.stack([row[tied] + start, space.first[point[tied]]]))

@@ -36,7 +36,7 @@ def count_within(x: Float[Tensor, "n d"], rows: Int[Tensor, "r"], radii: Float[T
 
 def _nearer(space: Space, rows: Tensor, block: Tensor, target: Tensor) -> Float[Tensor, "r"]:
     targets = target.expand(len(rows))
-    slack, seen = space.slack(rows, targets, space.dtype), targets - space.offset(rows)
+    slack, seen = space.slack(rows, targets, space.dtype), targets - space.offset(rows, space.dtype)
     low, high = ((seen + sign * slack).to(block.dtype).unsqueeze(1) for sign in (-1, 1))
     surely = (block < low).sum(1).double()
     row, point = ((block >= low) & (block <= high)).nonzero().unbind(1)

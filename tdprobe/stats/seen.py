@@ -36,12 +36,11 @@ class Seen:
     @classmethod
     def of(cls, space: Space, rows: Int[Tensor, "r"], block: Tensor) -> Seen:
         """Take a block of products."""
-        return cls(space, rows, block, space.offset(rows), block.dtype)
+        return cls(space, rows, block, space.offset(rows, block.dtype), block.dtype)
 
     def rounded(self, out: Tensor) -> Seen:
-        """Keep whole measures in another dtype, the memory given, and spoil the block."""
-        block = out.copy_(self.block.add_(self.offset.unsqueeze(1)))
-        return replace(self, block=block, offset=torch.zeros_like(self.offset))
+        """Keep measures in another dtype, the memory given."""
+        return replace(self, block=out.copy_(self.block))
 
     def some(self, places: Tensor) -> Seen:
         """Take some of the rows."""

@@ -60,7 +60,7 @@ class TestExactness:
         for x in LAYERS[name]:
             space, rows = Space(x), torch.arange(len(x))
             exact = space.exact_block(rows)
-            off = (space.block(rows, dtype).double() + space.offset(rows).unsqueeze(1) - exact).abs()
+            off = (space.block(rows, dtype).double() + space.offset(rows, dtype).unsqueeze(1) - exact).abs()
             other = space.own != torch.arange(space.points).unsqueeze(1)
             assert bool((off <= space.slack(rows, exact, dtype))[other.mT].all())
 
@@ -93,7 +93,7 @@ class TestExactness:
         x, y = LAYERS["ordinary"]
         usual = Neighbors(RANKS, imbalance=True).of_rows([x, y])
         assert Space(x).dtype == torch.float32
-        monkeypatch.setattr(distances_module, "float32_is_exact", lambda device: False)
+        monkeypatch.setattr(distances_module, "float32_is_exact", lambda *_: False)
         assert Space(x).dtype == torch.float64
         careful = Neighbors(RANKS, imbalance=True).of_rows([x, y])
         assert torch.equal(careful.imbalance, usual.imbalance)
