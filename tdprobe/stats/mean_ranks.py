@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
-from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
+from tdprobe.stats.distances import EXACT_BLOCK, EXACT_COST, TIE, Space
 from tdprobe.stats.nearest import Nearest
 from tdprobe.stats.order import in_order, parted
 from tdprobe.stats.seen import Seen
@@ -152,14 +152,32 @@ def _decide(seen: Seen, targets: _Targets, doubt: tuple[Tensor, Tensor], sums: t
     """Measure the points in doubt, and add those that are nearer than their target, and those tied with it, to sums."""
     space, point, count = seen.space, targets.point.flatten(), targets.point.shape[1]
     which, near = doubt
+    nearer, tied = (total.view(-1) for total in sums)
     other = near != point[which]
     which, near = which[other], near[other]
+    if seen.block.dtype == torch.float32 and len(which) * EXACT_COST > seen.block.numel():
+        which, near = _narrowed(seen, targets, (which, near), nearer)
     measured, inverse = which.unique(return_inverse=True)
     goal = space.exact(seen.rows[measured // count], point[measured])[inverse]
     measure, amount = space.exact(seen.rows[which // count], near), space.repeats[near].double()
-    nearer, tied = (total.view(-1) for total in sums)
     nearer.index_add_(0, which, amount * (measure < goal * (1 - TIE)))
     tied.index_add_(0, which, amount * ((measure - goal).abs() <= goal * TIE))
+
+
+def _narrowed(seen: Seen, targets: _Targets, doubt: tuple[Tensor, Tensor], nearer: Tensor) -> tuple[Tensor, Tensor]:
+    """Add what float64 products show to be nearer, and return what they leave in doubt: cheaper than measuring all."""
+    space, point, count = seen.space, targets.point.flatten(), targets.point.shape[1]
+    which, near = doubt
+    measured, inverse = which.unique(return_inverse=True)
+    row, place = (measured // count).unique(return_inverse=True)
+    block = space.block(seen.rows[row], torch.float64)
+    rows, goal = seen.rows[measured // count], block[place, point[measured]]
+    reach = space.ceiling(rows, (goal + space.offset(rows)).unsqueeze(1), point[measured].unsqueeze(1), block.dtype)
+    slack = 2 * space.slack(rows, reach.squeeze(1), block.dtype)[inverse]
+    gap = block[place[inverse], near] - goal[inverse]
+    nearer.index_add_(0, which, space.repeats[near].double() * (gap < -slack))
+    kept = gap.abs() <= slack
+    return which[kept], near[kept]
 
 
 def _ranks_of_several(seen: Seen, partners: Partners, some: Tensor) -> Tensor:

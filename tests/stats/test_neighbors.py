@@ -274,3 +274,15 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
         found[bound] = Neighbors(imbalance=True).of_rows(rows).imbalance
     assert torch.equal(found[1], found[99])
     assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
+
+
+@pytest.mark.parametrize("bound", [1, 99], ids=["sorting", "counting"])
+def test_what_float32_keeps_of_nearly_equal_distances_is_told_apart_by_products(bound, monkeypatch):
+    monkeypatch.setattr("tdprobe.stats.mean_ranks.SORTED", bound)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).double()
+    x = torch.eye(60, dtype=torch.float64) * (1 + 1e-8 * order.unsqueeze(1) / 60)
+    measured, exact = [], Space.exact
+    monkeypatch.setattr(Space, "exact", lambda *given: measured.append(len(given[1])) or exact(*given))
+    found = Neighbors(imbalance=True).of_rows([x, x.roll(1, 0)]).imbalance
+    assert sum(measured) == 0
+    assert float(found[0, 1]) == pytest.approx(imbalance(x, x.roll(1, 0)), abs=1e-12)
