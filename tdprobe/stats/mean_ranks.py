@@ -172,7 +172,7 @@ def _narrowed(seen: Seen, targets: _Targets, doubt: tuple[Tensor, Tensor], neare
     row, place = (measured // count).unique(return_inverse=True)
     block = space.block(seen.rows[row], torch.float64)
     rows, goal = seen.rows[measured // count], block[place, point[measured]]
-    reach = space.ceiling(rows, (goal + space.offset(rows)).unsqueeze(1), point[measured].unsqueeze(1), block.dtype)
+    reach = space.ceiling(rows, goal.unsqueeze(1), point[measured].unsqueeze(1), block.dtype)
     slack = 2 * space.slack(rows, reach.squeeze(1), block.dtype)[inverse]
     gap = block[place[inverse], near] - goal[inverse]
     nearer.index_add_(0, which, space.repeats[near].double() * (gap < -slack))
