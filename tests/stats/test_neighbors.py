@@ -89,6 +89,12 @@ class TestExactness:
         # About the mean, rows would be as long as the huge ones, and the slack 10,000 times this.
         assert bool((slack <= 3 * usual).all())
 
+    @pytest.mark.parametrize("offset", [0, 1000, 2**20 + 0.5])
+    def test_distances_of_integers_are_those_of_exact_squares(self, offset, products):
+        x = torch.randint(-9, 9, (200, 30), generator=torch.Generator().manual_seed(1)).double()
+        squares = (x.unsqueeze(1) - x).square().sum(2).fill_diagonal_(torch.inf).sort(1).values
+        assert torch.equal(Neighbors((1, 5)).of_rows([x + offset]).distances[0], squares[:, [0, 4]].sqrt())
+
     def test_lower_precision_of_products_is_noticed(self, monkeypatch):
         x, y = LAYERS["ordinary"]
         usual = Neighbors(RANKS, imbalance=True).of_rows([x, y])
