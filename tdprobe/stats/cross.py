@@ -14,11 +14,10 @@ from tdprobe.errors import ConfigError
 from tdprobe.stats.cross_state import CrossState, pairs
 from tdprobe.stats.sketch import sketch_map
 from tdprobe.stats.state import Statistic, by_layer, centre, check_widths, layer_list, undisturbed, working_dtype
+from tdprobe.stats.strips import plus_product
 
 # Rows that are centred at a time: few enough to stay in cache, enough to make a product worth its sum.
 TILE = 2048
-# Columns of a layer whose products with another one are made at a time.
-STRIP = 128
 # Columns of a sketch that is taken because the exact products would be too large.
 SKETCH = 256
 
@@ -194,26 +193,7 @@ def _empty(rows: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[int], n
 
 def _added(cross: Mapping[str, Tensor] | TensorDict, parts: Sequence[Tensor], *, into_new: bool) -> dict[str, Tensor]:
     """Add the products of all pairs to their sums, in place or into new tensors."""
-    found = {}
-    for i, j, key in pairs(len(parts)):
-        old = cross[key]
-        if parts[i].shape[-1] > STRIP:
-            found[key] = torch.empty_like(old) if into_new else old
-            _add_in_strips(old, parts[i], parts[j], found[key], symmetric=i == j)
-        else:
-            product = parts[i].mT @ parts[j]
-            found[key] = old + product if into_new else old.add_(product)
-    return found
-
-
-def _add_in_strips(old: Tensor, x: Tensor, y: Tensor, out: Tensor, *, symmetric: bool) -> None:
-    """Write ``old + x' y``, a few rows at a time: a product is still in cache when it is added.
-
-    Of a symmetric product only what is right of a strip's first diagonal element is computed.
-    """
-    for start in range(0, x.shape[-1], STRIP):
-        end, first = start + STRIP, start if symmetric else 0
-        product = x[..., start:end].mT @ y[..., first:]
-        torch.add(old[..., start:end, first:], product, out=out[..., start:end, first:])
-        if symmetric:
-            out[..., end:, start:end] = out[..., start:end, end:].mT
+    return {
+        key: plus_product(cross[key], parts[i], parts[j], out=None if into_new else cross[key])
+        for i, j, key in pairs(len(parts))
+    }

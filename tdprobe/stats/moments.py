@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,9 +21,7 @@ from tdprobe.stats.state import (
     undisturbed,
     working_dtype,
 )
-
-# Columns of one product: few enough to leave out most of what symmetry gives, enough to run at full speed.
-COLUMNS = 128
+from tdprobe.stats.strips import plus_product
 
 
 class MomentsState(State):
@@ -114,7 +111,7 @@ class Moments(Statistic):
         gap = centre(x, torch.float64, out=y[..., :n, :])[1] - mu
         # One more row adds what Chan's formula adds for the gap between the means.
         y[..., n, :] = (before * share).sqrt() * gap
-        return mu + share * gap, _plus_square(scatter, y)
+        return mu + share * gap, plus_product(scatter, y, y)
 
 
 def unit_rows(x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead n d"]:
@@ -132,15 +129,3 @@ def unit_rows(x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead n d"]:
 
 def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1.0, x)
-
-
-def _plus_square(scatter: Float[Tensor, "*lead d d"], y: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead d d"]:
-    """Compute ``scatter + y' y`` from the blocks on and above the diagonal."""
-    d, sets = y.shape[-1], math.prod(y.shape[:-2])
-    out = scatter.clone(memory_format=torch.contiguous_format)
-    wide, flat = y.view(sets, *y.shape[-2:]), out.view(sets, d, d)
-    for start in range(0, d, COLUMNS):
-        stop = min(start + COLUMNS, d)
-        flat[:, start:stop, start:].baddbmm_(wide[..., start:stop].mT, wide[..., start:])
-        flat[:, stop:, start:stop] = flat[:, start:stop, stop:].mT
-    return out

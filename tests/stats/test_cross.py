@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tdprobe.errors import ConfigError
 from tdprobe.stats import Cross, Moments
-from tdprobe.stats.cross import STRIP, TILE
+from tdprobe.stats.cross import TILE
+from tdprobe.stats.strips import STRIP
 
 FIELDS = ("n", "mu", "cross", "cubic", "quartic")
 
