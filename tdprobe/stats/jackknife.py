@@ -35,7 +35,7 @@ def jackknife_se(
         Busing, Meijer, van der Leeden 1999, Delete-m jackknife for unequal m.
     """
     used = sizes > 0
-    without, sizes = without[used].double(), sizes[used].double()
+    without, sizes = without[used].double(), sizes[used].double().to(whole.device)
     groups = len(sizes)
     if groups < 2:
         return torch.full_like(whole, torch.nan, dtype=torch.float64)

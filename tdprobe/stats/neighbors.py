@@ -141,9 +141,11 @@ class Neighbors(Derivation):
             ids: Ids of the rows, by default 0, 1, ...
         """
         working_dtype(rows)
-        ids = torch.arange(rows[0].shape[-2], device=rows[0].device) if ids is None else ids
+        device = rows[0].device
+        # A stream keeps its ids on the CPU; a table is in one place.
+        ids = torch.arange(rows[0].shape[-2], device=device) if ids is None else ids.to(device)
         # The caller's autograd, autocast and inference mode are the model's.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             rows = [_directed(x.detach()) if self.directions else x.detach() for x in rows]
             table = self._empty(rows, ids)
             for index in product(*map(range, rows[0].shape[:-2])):

@@ -80,12 +80,13 @@ class Spectrum(Derivation):
 
     def __call__(self, state: MomentsState | ReservoirState) -> SpectrumTable:
         """Find the spectra of all layers of a state."""
+        layers = layer_list(state.mu if isinstance(state, MomentsState) else state.rows)
         # The caller's autograd, autocast and inference mode are the model's.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(state.n.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(layers[0].device.type, enabled=False):
             if isinstance(state, MomentsState):
-                parts = [self._of_moments(state, str(i)) for i in range(len(state.mu.keys()))]
+                parts = [self._of_moments(state, str(i)) for i in range(len(layers))]
             else:
-                parts = [self._of_rows(x) for x in layer_list(state.rows)]
+                parts = [self._of_rows(x) for x in layers]
         shares, purity, finite = zip(*parts, strict=True)
         # A layer without columns has no eigenvalue, but needs a place for its NaN.
         width = max(int(self.values), *(x.shape[-1] for x in shares))
