@@ -202,7 +202,7 @@ class PathContext(HookingContext):
 def _same(a: Selection, b: Selection) -> bool:
     if a.shape != b.shape or (a.index is None) != (b.index is None):
         return False
-    return a.index is None or b.index is None or torch.equal(a.index, b.index)
+    return a.index is None or b.index is None or torch.equal(a.index.cpu(), b.index.cpu())
 
 
 class PathFactory(HookingContextFactory):

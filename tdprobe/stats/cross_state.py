@@ -114,7 +114,7 @@ class CrossState(State):
         check_widths([mu.unsqueeze(-2) for mu in theirs], [tuple(mu.shape) for mu in ours])
         if self.unbiased != other.unbiased:
             raise ConfigError("cannot merge a biased with an unbiased state; use one Cross(unbiased=...), or its plain")
-        if not (torch.equal(self.sketch, other.sketch) and torch.equal(self.widths, other.widths)):
+        if self.sketch.tolist() != other.sketch.tolist() or self.widths.tolist() != other.widths.tolist():
             raise ConfigError(
                 f"cannot merge sums over layer widths {self.widths.tolist()} (sketch, seed: {self.sketch.tolist()}) "
                 f"and {other.widths.tolist()} ({other.sketch.tolist()}); use one Cross(sketch=..., seed=...) for both"

@@ -41,7 +41,7 @@ class GramState(State):
 
     def merge(self, other: GramState) -> GramState:
         """Add the sums of two streams over the same layers."""
-        if not torch.equal(self.widths, other.widths) or self.hsic.shape != other.hsic.shape:
+        if self.widths.tolist() != other.widths.tolist() or self.hsic.shape != other.hsic.shape:
             raise ConfigError(
                 f"cannot merge Gram sums of layer widths {self.widths.tolist()} and {other.widths.tolist()}; "
                 "both must come from the same layers and leading dimensions"

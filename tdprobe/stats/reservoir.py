@@ -66,7 +66,7 @@ class ReservoirState(State):
 
     def merge(self, other: ReservoirState) -> ReservoirState:
         """Keep the lowest hashes of both; bitwise the same in any order and grouping."""
-        if not (torch.equal(self.capacity, other.capacity) and torch.equal(self.seed, other.seed)):
+        if int(self.capacity) != int(other.capacity) or int(self.seed) != int(other.seed):
             raise ConfigError(
                 f"cannot merge reservoirs of size {int(self.capacity)}, seed {int(self.seed)} and size "
                 f"{int(other.capacity)}, seed {int(other.seed)}; use the same Reservoir(size, seed) for both"
@@ -84,7 +84,7 @@ class ReservoirState(State):
         return [(*x.shape[:-2], x.shape[-1]) for x in layer_list(self.rows)]
 
     def _with(self, ids: Tensor, rows: Sequence[Tensor], seen: Tensor | int) -> ReservoirState:
-        joint = torch.cat([self.ids, ids])
+        joint = torch.cat([self.ids, ids.to(self.ids.device)])
         hashes, order = _order(joint, int(self.seed)).sort(stable=True)
         # Equal hashes are equal ids; the stable sort puts the row that is already here first.
         fresh = torch.ones_like(hashes, dtype=torch.bool)
@@ -159,6 +159,8 @@ class Reservoir(Statistic):
     def update(self, state: ReservoirState, rows: Sequence[Tensor], ids: Tensor) -> ReservoirState:
         """Let the rows in whose hashes are low enough; nothing is copied when none is."""
         check_widths(rows, state._shapes())
+        # Streams keep ids on the CPU; those of a state that was moved as a whole are elsewhere.
+        ids = ids.to(state.ids.device)
         enters = ~torch.isin(ids, state.ids)
         if len(state.ids) == self.size:
             enters &= _order(ids, self.seed) < _order(state.ids[-1:], self.seed)

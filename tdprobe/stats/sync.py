@@ -73,7 +73,7 @@ def synced(state: State, group: Any = None, timeout: float = DEFAULT_TIMEOUT) ->
         timeout: Seconds to wait for another rank.
 
     Returns:
-        The merged state; on rank 0 on the device of its own state, elsewhere on the CPU.
+        The merged state, on the devices of the state that was given.
 
     Raises:
         RankError: Another rank has ended, or is silent for too long.
@@ -81,15 +81,20 @@ def synced(state: State, group: Any = None, timeout: float = DEFAULT_TIMEOUT) ->
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank > 0:
         send_bytes(_packed(state), 0, group, timeout)
-        return _unpacked(receive_bytes(0, group, timeout), 0)
+        return placed_like(_unpacked(receive_bytes(0, group, timeout), 0), state)
     merged = state
     for other in range(1, world):
-        found = _unpacked(receive_bytes(other, group, timeout), other)
-        merged = merged.merge(found.to(merged.device) if merged.device else found)
+        merged = merged.merge(placed_like(_unpacked(receive_bytes(other, group, timeout), other), state))
     data = _packed(merged) if world > 1 else b""
     for other in range(1, world):
         send_bytes(data, other, group, timeout)
     return merged
+
+
+def placed_like(state: Any, other: State) -> Any:
+    """Move each tensor of a state to where the tensor of that name is in another state: the parts of one may differ."""
+    places = {name: x.device for name, x in other.items(include_nested=True, leaves_only=True)}
+    return state.named_apply(lambda name, x: x.to(places.get(name, x.device)), nested_keys=True)
 
 
 def _packed(state: State) -> bytes:
