@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdprobe.errors import ConfigError
 from tdprobe.stats.cross_state import CrossState, pairs
+from tdprobe.stats.precision import summed_dtype
 from tdprobe.stats.sketch import sketch_map
 from tdprobe.stats.state import Statistic, by_layer, centre, check_widths, layer_list, undisturbed, working_dtype
 from tdprobe.stats.strips import plus_product
@@ -121,13 +122,14 @@ class Cross(Statistic):
         """Merge the sums of ``rows`` into the state."""
         lead = state.mu["0"].shape[:-1]
         check_widths(rows, [(*lead, width) for width in state.widths.tolist()])
-        n, dtype = rows[0].shape[-2], working_dtype(rows)
+        n = rows[0].shape[-2]
         if n == 0:
             return state
+        dtype = summed_dtype(rows)
         precision = state.precision.clamp(min=torch.finfo(dtype).eps)
         # What one stream keeps for several estimators may be more than one of them asks for.
         if self.unbiased or state.unbiased:
-            return state.merge(self._batch(state, rows, torch.full_like(state.n, n), precision))
+            return state.merge(self._batch(state, rows, torch.full_like(state.n, n), precision, dtype))
         mu, seen = layer_list(state.mu), state.n
         cross = state.cross
         buffers = _empty(rows, dtype, state.columns, min(n, TILE) + 1)
@@ -154,9 +156,11 @@ class Cross(Statistic):
             part[..., n, :] = gap * (seen * share).sqrt()
         return seen + n, [a + share * gap for a, gap in zip(old, gaps, strict=True)]
 
-    def _batch(self, state: CrossState, rows: Sequence[Tensor], n: Tensor, precision: Tensor) -> CrossState:
+    def _batch(
+        self, state: CrossState, rows: Sequence[Tensor], n: Tensor, precision: Tensor, dtype: torch.dtype
+    ) -> CrossState:
         """Return the state of one update, with the sums behind the unbiased product."""
-        parts = _empty(rows, working_dtype(rows), state.columns, rows[0].shape[-2])
+        parts = _empty(rows, dtype, state.columns, rows[0].shape[-2])
         mu = self._centre(rows, parts)
         nothing = torch.zeros((), dtype=torch.float64, device=rows[0].device)
         zeros = {key: nothing.expand_as(state.cross[key]) for _, _, key in pairs(len(rows))}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
+from tdprobe.stats.precision import summed_dtype
 from tdprobe.stats.state import State, Statistic, check_widths, undisturbed, working_dtype
 
 # Rows of a tile: enough for the product to run at full speed, and few enough to skip the lower triangle.
@@ -165,7 +166,7 @@ class _Layer(NamedTuple):
 
 
 def _products(rows: Sequence[Tensor], unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n, dtype = rows[0].shape[0], working_dtype(rows)
+    n, dtype = rows[0].shape[0], summed_dtype(rows)
     if unbiased and n < 4:
         raise ConfigError(
             f"got {n} rows; unbiased CKA compares at least 4 at a time: give more or longer texts, or larger batches"

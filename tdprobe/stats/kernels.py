@@ -13,9 +13,9 @@ from torch import Tensor
 
 from tdprobe.stats.kernel_layer import Fitted, Kernel, Rows
 from tdprobe.stats.pair_sums import PairSums
-from tdprobe.stats.precision import float32_is_exact
+from tdprobe.stats.precision import product_dtype
 from tdprobe.stats.reservoir import ReservoirState
-from tdprobe.stats.state import Derivation, all_finite, layer_list, working_dtype
+from tdprobe.stats.state import Derivation, all_finite, layer_list
 
 # Rows of a tile, and bytes for the tiles of all layers and kernels together.
 BLOCK, BUDGET = 128, 64 * 2**20
@@ -101,12 +101,6 @@ class Kernels(Derivation):
                     spaces = {i: Rows(x, view, dtype, device) for i, x in layers.items()}
                     _fill({k: sums[k] for k in self.kernels if k.view == view}, index, spaces)
         return KernelTable(torch.tensor(n), sums, finite)
-
-
-def product_dtype(rows: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype for products: `working_dtype`, float64 where the user has switched float32 to TF32."""
-    dtype = working_dtype(rows)
-    return dtype if dtype == torch.float64 or float32_is_exact(rows[0].device) else torch.float64
 
 
 def as_kernels(state: ReservoirState | KernelTable, wanted: Kernels) -> KernelTable:

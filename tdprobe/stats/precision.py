@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+
+from tdprobe.stats.state import working_dtype
 
 # Of a product that is as large as those of distances: small ones may be computed otherwise.
 ROWS, INNER, COLUMNS = 256, 128, 2048
@@ -14,3 +19,14 @@ def float32_is_exact(device: torch.device) -> bool:
     left, right = torch.zeros(ROWS, INNER, device=device), torch.ones(INNER, COLUMNS, device=device)
     left[:, 0] = 1 + 2.0**-20
     return bool((left @ right == left[0, 0]).all())
+
+
+def product_dtype(rows: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype for products: `working_dtype`, float64 where the user has switched float32 to TF32."""
+    dtype = working_dtype(rows)
+    return dtype if dtype == torch.float64 or float32_is_exact(rows[0].device) else torch.float64
+
+
+def summed_dtype(rows: Sequence[Tensor]) -> torch.dtype:
+    """Return `product_dtype` without the trial product on the CPU, where it would cost as much as a small update."""
+    return working_dtype(rows) if rows[0].device.type == "cpu" else product_dtype(rows)

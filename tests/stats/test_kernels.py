@@ -16,11 +16,11 @@ from tdprobe.latent.scorer import Scorer
 from tdprobe.stats import Kernel, Kernels
 from tdprobe.stats import kernel_layer as rows_module
 from tdprobe.stats import kernels as kernels_module
+from tdprobe.stats import precision as precision_module
 from tdprobe.stats import rank_table as table_module
 from tdprobe.stats.kernel_layer import Fitted, Rows, median
 from tdprobe.stats.kernel_rows import KernelRows
 from tdprobe.stats.pair_sums import PairSums
-from tdprobe.stats.precision import float32_is_exact
 from tdprobe.stats.rank_table import RankTable
 from tdprobe.stream.batch import Batch
 
@@ -168,9 +168,10 @@ class TestMedian:
 def test_products_are_in_float64_where_float32_would_be_tf32(monkeypatch):
     x, y = (z.float() for z in plain.related(60))
     exact = Kernels(ALL).of_rows([x.double(), y.double()])
-    monkeypatch.setattr(kernels_module, "float32_is_exact", lambda device: False)
+    monkeypatch.setattr(precision_module, "float32_is_exact", lambda device: False)
     torch.testing.assert_close(scores(Kernels(ALL).of_rows([x, y])), scores(exact), rtol=1e-9, atol=1e-12)
-    assert float32_is_exact(torch.device("cpu"))
+    monkeypatch.undo()
+    assert precision_module.float32_is_exact(torch.device("cpu"))
 
 
 class TestOnePass:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Bool, Float
+from tdprobe.stats.precision import float32_is_exact
 
 # Below this share of the spread, squares and products of the expansion cancel to less than four digits in float32.
 NARROW = 3e-2
@@ -119,7 +120,7 @@ def _expanded(y: Tensor, clean: Tensor, means: Tensor, stds: Tensor, keep: Tenso
         # Distances do not depend on the origin, so that it needs no gradient; the digits do.
         origin = (clean + means).sum(0) / components.sum(0).clamp(min=1)
         spread = torch.maximum((y - origin).abs().mul_(points).max(), (clean + means - origin).abs().max())
-        narrow = not bool(stds.min() > NARROW * spread)
+        narrow = not bool(stds.min() > NARROW * spread) or not float32_is_exact(y.device)
     if narrow:
         y, clean, means, stds = y.double(), clean.double(), means.double(), stds.double()
     y, centre = y - origin, clean - origin + means

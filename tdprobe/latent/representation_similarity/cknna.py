@@ -16,8 +16,9 @@ from tdprobe.registry import Mode, Spec, check_mode, register
 from tdprobe.stats.distances import TIE
 from tdprobe.stats.jackknife import jackknife_se
 from tdprobe.stats.kernel_layer import Rows
-from tdprobe.stats.kernels import BLOCK, BUDGET, EPS, GROUPS, product_dtype
+from tdprobe.stats.kernels import BLOCK, BUDGET, EPS, GROUPS
 from tdprobe.stats.order import smallest
+from tdprobe.stats.precision import product_dtype
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.state import Statistic, all_finite, layer_list
 from tdprobe.stream.batch import Batch
