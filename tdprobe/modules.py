@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictModuleWrapper, dispatch
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ def require_module(module: Any) -> None:
 def is_hugging_face(module: nn.Module) -> bool:
     """Tell a transformers model without importing transformers."""
     return isinstance(getattr(named_forward(user_model(module)), "main_input_name", None), str)
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Return where inputs go: to the first parameters, of those that are not kept elsewhere until they are used."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
 
 
 class NamedModule(TensorDictModule):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tdprobe.compare.checkpoints import evaluating
 from tdprobe.errors import ConfigError
 from tdprobe.hooks import Hook, MultiHookHandle, first_tensor, match_modules, named_submodules
-from tdprobe.modules import is_hugging_face
+from tdprobe.modules import input_device, is_hugging_face
 
 _NUMBER = re.compile(r"\d+")
 
@@ -79,7 +79,7 @@ def _run_on_token_ids(model: nn.Module, batch: int, tokens: int) -> None:
     how = "list_layers(model, run) takes a run(b, t) that calls the model on an input of that size"
     if not is_hugging_face(model):
         raise ConfigError(f"{name} is no model of transformers, so what it takes cannot be told; {how}")
-    device = next((parameter.device for parameter in model.parameters()), None)
+    device = input_device(model)
     ids = torch.ones(batch, tokens, dtype=torch.long, device=device)
     is_double = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     try:

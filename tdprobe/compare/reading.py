@@ -13,7 +13,7 @@ from tdprobe.compare.units import data_facts, unit_size
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import Estimator
 from tdprobe.hooks.match import block_pattern, compile_pattern
-from tdprobe.modules import user_model
+from tdprobe.modules import input_device, user_model
 from tdprobe.stream.tokens import TokenClause, tokens_text
 
 
@@ -79,7 +79,7 @@ class Reading:
                 f"checkpoint {checkpoint.name!r} is a model without a tokenizer, so it cannot read texts; give "
                 "tdprobe.hf.LoadedModel(model, tokenizer, name, revision), or batches that are tokenized already"
             )
-        device = next(loaded.model.parameters()).device
+        device = input_device(loaded.model)
         return hf.batches(list(batches), loaded.tokenizer, device=device, **self._tokenizing)
 
 
