@@ -96,13 +96,22 @@ class Family:
         used = torch.cuda.is_initialized()
         with torch.random.fork_rng(range(torch.cuda.device_count()) if used else []):
             (torch.manual_seed if used else torch.default_generator.manual_seed)(self.seed)
-            return make(x.shape[1], classes).fit(torch.from_numpy(x), y=y).eval()
+            probe = make(x.shape[1], classes)
+            return probe.fit(_beside(probe, x), y=y.to(_device(probe))).eval()
 
 
 def _answers(probe: TorchEstimator, rows: Array) -> Tensor:
     """Return the output of a probe, float64."""
     with own_mode(grad=False):
-        return probe(probe._cast(torch.from_numpy(rows))).double().cpu()
+        return probe(probe._cast(_beside(probe, rows))).double().cpu()
+
+
+def _beside(probe: TorchEstimator, rows: Array) -> Tensor:
+    return torch.from_numpy(rows).to(_device(probe))
+
+
+def _device(probe: TorchEstimator) -> torch.device:
+    return next((parameter.device for parameter in probe.parameters()), torch.device("cpu"))
 
 
 def _gaussian(error: Array, variance: float) -> Array:

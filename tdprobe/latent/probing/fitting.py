@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,6 +56,13 @@ def as_rows(data: Any) -> Tensor:
         value = value.float()
     rows = keep(value)
     return rows.flatten(1) if rows.ndim > 1 else rows.reshape(-1, 1)
+
+
+def readable(estimator: Any, values: Sequence[Any]) -> list[Any]:
+    """Return rows and labels where an estimator can read them: for scikit-learn, tensors of a GPU come to the CPU."""
+    if not any(cls.__module__.partition(".")[0] == "sklearn" for cls in type(estimator).__mro__):
+        return list(values)
+    return [value.cpu() if isinstance(value, Tensor) else value for value in values]
 
 
 def _accelerator() -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tdprobe.errors import ConfigError
 from tdprobe.hooks import keep
-from tdprobe.latent.probing.fitting import as_rows, own_mode
+from tdprobe.latent.probing.fitting import as_rows, own_mode, readable
 
 STEPS = ("fit", "predict")
 Callback = Callable[[Any, Any], Any]
@@ -70,13 +70,14 @@ class Probe:
             self._discard()
 
     def _run(self, inputs: tuple[Any, ...], labels: Any, step_type: str) -> None:
+        *rows, labels = readable(self._estimator, (*inputs, labels))
         with own_mode(grad=False):
             if step_type == "fit":
                 with own_mode(grad=True):
-                    self._estimator.fit(*inputs, y=labels)
+                    self._estimator.fit(*rows, y=labels)
             callback = self._fit_callback if step_type == "fit" else self._predict_callback
             if callback is not None:
-                callback(self._estimator.predict(*inputs), labels)
+                callback(self._estimator.predict(*rows), labels)
 
 
 class BilinearProbe(Probe):
