@@ -30,7 +30,9 @@ class Bank:
         self._reservoir = Reservoir(size=size)
         self._open: ReservoirState | None = None
         self._done: ReservoirState | None = None
-        self._lowest = self._reservoir.init([torch.zeros(0, 0)], torch.zeros(0, dtype=torch.int64))
+        self._lowest = self._reservoir.init(
+            [torch.zeros(0, 0, device="cpu")], torch.zeros(0, dtype=torch.int64, device="cpu")
+        )
         self.layers: tuple[str, ...] = ()
 
     @property
@@ -61,7 +63,7 @@ class Bank:
             return Part(counts={"rows": 0})
         # Ids alone tell which rows are still among the lowest, so that parts shrink as there are more of them.
         ids = state.ids.cpu()
-        self._lowest = self._reservoir.update(self._lowest, [torch.zeros(len(ids), 0)], ids)
+        self._lowest = self._reservoir.update(self._lowest, [torch.zeros(len(ids), 0, device="cpu")], ids)
         state = state.keep(torch.isin(ids, self._lowest.ids).nonzero().squeeze(-1))
         widths = [rows.shape[-1] for rows in layer_list(state.rows)]
         return Part(dict(zip(self.layers, widths, strict=True)), {"rows": int(state.n_seen)}, ((state,),))
@@ -115,7 +117,9 @@ class Banks:
         batches = self._batches()
         sizes = {name: batch.n for name, batch in batches.items()}
         ids = torch.tensor(
-            sorted(set.intersection(*(set(batch.ids.tolist()) for batch in batches.values()))), dtype=torch.int64
+            sorted(set.intersection(*(set(batch.ids.tolist()) for batch in batches.values()))),
+            dtype=torch.int64,
+            device="cpu",
         )
         if not len(ids):
             counts = ", ".join(f"{name!r}: {size}" for name, size in sizes.items())

@@ -84,8 +84,8 @@ class Pool:
             )
         scorer = self._make()
         if part.states:
-            layers = {name: torch.zeros(0, width) for name, width in part.widths.items()}
-            batch = Batch(layers, torch.zeros(0, dtype=torch.int64))
+            layers = {name: torch.zeros(0, width, device="cpu") for name, width in part.widths.items()}
+            batch = Batch(layers, torch.zeros(0, dtype=torch.int64, device="cpu"))
             scorer.resume(batch, part.states, part.counts["rows"], part.counts["outliers"])
         return scorer
 

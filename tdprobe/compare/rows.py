@@ -46,7 +46,7 @@ class LatestRows(StreamContext):
 
     def _ids(self, call: Call, n: int) -> Tensor:
         selection = self._selection
-        samples = torch.arange(n) if selection is None else selection.sample
+        samples = torch.arange(n, device="cpu") if selection is None else selection.sample
         ids = mix64(mix64(samples) ^ self.number)
         if selection is None or is_per_text(self.factory.clause):  # ty: ignore[missing-attribute]
             return ids
@@ -121,7 +121,9 @@ def parted_name(name: str) -> tuple[str, str]:
 
 def _kept(part: Batch, common: set[int]) -> Batch:
     # Samples come in the order of the batch in every checkpoint, so the common ones line up.
-    take = torch.tensor([place for place, key in enumerate(part.ids.tolist()) if key in common], dtype=torch.long)
+    take = torch.tensor(
+        [place for place, key in enumerate(part.ids.tolist()) if key in common], dtype=torch.long, device="cpu"
+    )
     return part.select(take)
 
 

@@ -121,7 +121,7 @@ class TextBatches:
             texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
         inputs = {name: tensor.to(self._device) for name, tensor in encoding.items()}
-        return TextBatch(inputs, torch.tensor(ids), texts)
+        return TextBatch(inputs, torch.tensor(ids, device="cpu"), texts)
 
     @property
     def texts(self) -> list[str]:

@@ -126,7 +126,9 @@ class AttributeEstimator(SupervisedEstimator):
 
 def laid_out(values: Sequence[Sequence[Tensor | None]], lead: Sequence[int]) -> Float[Tensor, "*lead l m"]:
     """Lay the m values of each layer (outside) and data set (inside) out; NaN for layers that are not finite."""
-    known = next((x for layer in values for x in layer if x is not None), torch.zeros(1, dtype=torch.float64))
+    known = next(
+        (x for layer in values for x in layer if x is not None), torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
     blank = torch.full_like(known, torch.nan)
     rows = [torch.stack([blank if x is None else x for x in layer]).view(*lead, len(known)) for layer in values]
     return torch.stack(rows, -2)

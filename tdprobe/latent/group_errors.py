@@ -39,7 +39,7 @@ def score_groups(
     except ConfigError:
         # Too few rows are left to score without a group.
         return found, {}, n
-    sizes = torch.tensor(held.sizes, dtype=torch.float64)
+    sizes = torch.tensor(held.sizes, dtype=torch.float64, device="cpu")
     errors = {}
     for label in named:
         without = torch.stack([replica[label]["score"] for replica in replicas])

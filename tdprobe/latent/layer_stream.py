@@ -105,7 +105,7 @@ class StreamContext(ItemContext):
         if samples is None:
             samples = content_ids(call) if call.shape else None
         if samples is None:
-            samples = mix64(torch.arange(self._n_samples, self._n_samples + size))
+            samples = mix64(torch.arange(self._n_samples, self._n_samples + size, device="cpu"))
         self._n_samples += size
         self._texts = samples
         return samples.cpu() if self._selection is None else row_ids(samples, self._selection)

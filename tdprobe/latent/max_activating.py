@@ -83,7 +83,7 @@ class MaxActivatingContext(StreamContext):
         super().__init__(*args, **kwargs)
         self._state: TopKState | None = None
         self._layers: tuple[str, ...] = ()
-        self._current = torch.zeros(0, dtype=torch.int64)
+        self._current = torch.zeros(0, dtype=torch.int64, device="cpu")
 
     def samples(self) -> TopSamples:
         """Return what has been found so far; the stream can go on afterwards.
@@ -114,7 +114,7 @@ class MaxActivatingContext(StreamContext):
     def _ids(self, call: Call, n: int) -> Tensor:
         size, selection = call.shape[0] if call.shape else n, self._selection
         if call.phase != "generated":
-            counted = torch.arange(self._n_samples, self._n_samples + size)
+            counted = torch.arange(self._n_samples, self._n_samples + size, device="cpu")
             self._current = counted if self._samples is None else self._samples.cpu()
             self._n_samples += size
         if len(self._current) and (int(self._current.min()) < 0 or int(self._current.max()) >> (63 - POSITION_BITS)):

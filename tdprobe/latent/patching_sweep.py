@@ -29,10 +29,10 @@ def sweep(
     mine = pair[1]
     sites = [site for site in context.sites if site.name in context.clean]
     jobs = [(place, token) for place in range(len(sites)) for token in range(mine.n)]
-    found = torch.full((len(sites), mine.shape[0], int(mine.position.max()) + 1), torch.nan)
+    found = torch.full((len(sites), mine.shape[0], int(mine.position.max()) + 1), torch.nan, device="cpu")
     for start in range(0, len(jobs), rows_per_call):
         chunk = jobs[start : start + rows_per_call]
-        places, tokens = (torch.tensor(column) for column in zip(*chunk, strict=True))
+        places, tokens = (torch.tensor(column, device="cpu") for column in zip(*chunk, strict=True))
         here = places.unique().tolist()
         context.pairs = {sites[place].name: _pair(pair, tokens, places == place) for place in here}
         try:
@@ -77,7 +77,7 @@ def _pair(pair: Pair, tokens: Tensor, here: Tensor) -> Pair:
 
 
 def _places(selection: Selection) -> Tensor:
-    return torch.arange(selection.n) if selection.index is None else selection.index.cpu()
+    return torch.arange(selection.n, device="cpu") if selection.index is None else selection.index.cpu()
 
 
 def _numbers(values: Any, n: int) -> Tensor:

@@ -56,10 +56,10 @@ def permutation_null(
         Good 2005, Permutation, parametric and bootstrap tests of hypotheses.
     """
     rows, generator = layer_list(bank.rows), torch.Generator().manual_seed(seed)
-    places = torch.arange(len(rows)).split(chunk or len(rows))
+    places = torch.arange(len(rows), device="cpu").split(chunk or len(rows))
     drawn: dict[str, list[Tensor]] = {}
     for _ in range(count):
-        order = torch.randperm(len(bank.ids), generator=generator)
+        order = torch.randperm(len(bank.ids), generator=generator, device="cpu")
         found: dict[str, Tensor] = {}
         for plain, shuffled in product(places, places):
             layers = [rows[i] for i in plain] + [rows[i].index_select(0, order.to(rows[i].device)) for i in shuffled]

@@ -112,9 +112,9 @@ class Cross(Statistic):
             cross=TensorDict({key: zeros(columns[i], columns[j]) for i, j, key in pairs(layers)}),
             cubic=by_layer(zeros(k, layers) for k in columns[:kept]),
             quartic=zeros(kept, kept),
-            widths=torch.tensor([x.shape[-1] for x in rows]),
-            sketch=torch.tensor([self.sketch or 0, self.seed if self.sketch else 0]),
-            precision=torch.zeros((), dtype=torch.float64),
+            widths=torch.tensor([x.shape[-1] for x in rows], device="cpu"),
+            sketch=torch.tensor([self.sketch or 0, self.seed if self.sketch else 0], device="cpu"),
+            precision=torch.zeros((), dtype=torch.float64, device="cpu"),
         )
 
     @undisturbed

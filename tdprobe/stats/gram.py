@@ -103,7 +103,7 @@ class Gram(Statistic):
         zeros = torch.zeros(*lead, layers, dtype=torch.float64, device=rows[0].device)
         count = torch.zeros((), dtype=torch.int64, device=rows[0].device)
         hsic = torch.zeros(*lead, layers, layers, dtype=torch.float64, device=rows[0].device)
-        widths = torch.tensor([x.shape[-1] for x in rows])
+        widths = torch.tensor([x.shape[-1] for x in rows], device="cpu")
         return GramState(n=count, batches=count, hsic=hsic, spread=zeros, power=zeros, widths=widths)
 
     @undisturbed

@@ -124,7 +124,7 @@ class JointEntropy(Derivation):
 
     def _shuffles(self, n: int, device: torch.device) -> list[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [torch.randperm(n, generator=generator).to(device) for _ in range(self.permutations)]
+        return [torch.randperm(n, generator=generator, device="cpu").to(device) for _ in range(self.permutations)]
 
     def _fill(self, table: JointEntropyTable, index: tuple[int, ...], rows: list[Tensor], orders: list[Tensor]) -> None:
         options = {"center": self.center, "normalize_rows": self.normalize_rows}

@@ -100,7 +100,7 @@ class Kernels(Derivation):
                 for view in dict.fromkeys(kernel.view for kernel in self.kernels):
                     spaces = {i: Rows(x, view, dtype, device) for i, x in layers.items()}
                     _fill({k: sums[k] for k in self.kernels if k.view == view}, index, spaces)
-        return KernelTable(torch.tensor(n), sums, finite)
+        return KernelTable(torch.tensor(n, device="cpu"), sums, finite)
 
 
 def as_kernels(state: ReservoirState | KernelTable, wanted: Kernels) -> KernelTable:
@@ -110,7 +110,7 @@ def as_kernels(state: ReservoirState | KernelTable, wanted: Kernels) -> KernelTa
 
 def _empty(lead: tuple[int, ...], layers: int, n: int, dtype: torch.dtype, device: torch.device) -> PairSums:
     groups = max(1, min(GROUPS, n))
-    sizes = torch.tensor([len(part) for part in torch.arange(n).tensor_split(groups)])
+    sizes = torch.tensor([len(part) for part in torch.arange(n, device="cpu").tensor_split(groups)], device="cpu")
 
     def full(*shape: int) -> Tensor:
         return torch.full((*lead, *shape), torch.nan, dtype=torch.float64, device=device)
@@ -122,7 +122,7 @@ def _empty(lead: tuple[int, ...], layers: int, n: int, dtype: torch.dtype, devic
         diagonal=full(layers, n),
         spread=full(layers),
         power=full(layers),
-        group=torch.arange(groups).repeat_interleave(sizes).to(device),
+        group=torch.arange(groups, device="cpu").repeat_interleave(sizes).to(device),
         noise=(8 * torch.finfo(dtype).eps) ** 2,
     )
 
@@ -130,7 +130,7 @@ def _empty(lead: tuple[int, ...], layers: int, n: int, dtype: torch.dtype, devic
 def _fill(sums: dict[Kernel, PairSums], index: tuple[int, ...], spaces: dict[int, Rows]) -> None:
     """Write the sums over one data set."""
     some = next(iter(sums.values()))
-    held = torch.tensor([i for i, space in spaces.items() if space.spread > 0], dtype=torch.int64)
+    held = torch.tensor([i for i, space in spaces.items() if space.spread > 0], dtype=torch.int64, device="cpu")
     for i, space in spaces.items():
         for found in sums.values():
             found.spread[(*index, i)], found.power[(*index, i)] = space.spread, space.power

@@ -117,7 +117,7 @@ class _Layer:
         # Everything there is, where there are fewer other rows than places.
         self.k, self.rows = k, table.rows[str(index[-1])][index[:-1]]
         self.first, self.places = table.first[index], table.places[index][:, :k]
-        ranks = torch.searchsorted(table.ranks, torch.arange(1, k + 2))
+        ranks = torch.searchsorted(table.ranks, torch.arange(1, k + 2, device="cpu"))
         distances = table.distances[index][:, ranks]
         self.tied = (distances[:, 1:] <= distances[:, :-1] * (1 + TIE)) & (distances[:, 1:] < torch.inf)
         self.copies = torch.bincount(self.first, minlength=len(self.first))

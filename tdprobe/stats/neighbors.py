@@ -54,7 +54,7 @@ class NeighborTable(TensorClass):
     @property
     def n(self) -> Tensor:
         """Count the rows, int64."""
-        return torch.tensor(len(self.ids))
+        return torch.tensor(len(self.ids), device="cpu")
 
     @property
     def repeated(self) -> Tensor:
@@ -162,7 +162,7 @@ class Neighbors(Derivation):
         return NeighborTable(
             ids=ids,
             distances=full(layers, n, len(self.ranks)),
-            ranks=torch.tensor(self.ranks, dtype=torch.int64),
+            ranks=torch.tensor(self.ranks, dtype=torch.int64, device="cpu"),
             places=torch.full((*lead, layers, n, self.places), -1, device=rows[0].device),
             first=torch.arange(n, device=rows[0].device).repeat(*lead, layers, 1),
             imbalance=full(squares, squares),

@@ -66,7 +66,7 @@ def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
     # order of its values once those of negative numbers are turned round.
     bits = values.contiguous().view(torch.int32)
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64) << 32
-    keys |= torch.arange(values.shape[1])
+    keys |= torch.arange(values.shape[1], device="cpu")
     keys.numpy().sort(axis=1)
     return keys & 0xFFFFFFFF
 

@@ -62,7 +62,7 @@ class ReservoirState(State):
     @property
     def n(self) -> Tensor:
         """Count the kept rows, int64."""
-        return torch.tensor(self.ids.shape[0])
+        return torch.tensor(self.ids.shape[0], device="cpu")
 
     def merge(self, other: ReservoirState) -> ReservoirState:
         """Keep the lowest hashes of both; bitwise the same in any order and grouping."""

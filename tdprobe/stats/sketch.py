@@ -36,9 +36,9 @@ def sketch_map(width: int, columns: int, seed: int, layer: int) -> Float[Tensor,
         Johnson, Lindenstrauss 1984, Extensions of Lipschitz mappings into a Hilbert space.
     """
     # Equal seeds of neighbouring layers must not give related maps.
-    mixed = int(mix64(torch.tensor(seed) ^ mix64(torch.tensor(layer))))
+    mixed = int(mix64(torch.tensor(seed, device="cpu") ^ mix64(torch.tensor(layer, device="cpu"))))
     generator = torch.Generator().manual_seed(mixed)
-    normal = torch.randn(width, columns, generator=generator, dtype=torch.float64)
+    normal = torch.randn(width, columns, generator=generator, dtype=torch.float64, device="cpu")
     q, r = torch.linalg.qr(normal)
     # Without the signs of R the columns of Q would not be uniform, and would depend on the solver.
     return (q * r.diagonal().sign() * (width / columns) ** 0.5).float()

@@ -50,7 +50,7 @@ class RowBuffer:
 
     def clear(self) -> None:
         """Forget what has not been handed on, but not which layers there are."""
-        self._parts = [self.rest().select(torch.zeros(0, dtype=torch.long))]
+        self._parts = [self.rest().select(torch.zeros(0, dtype=torch.long, device="cpu"))]
         self.n = 0
 
     def rest(self) -> Batch:

@@ -55,7 +55,7 @@ class Call:
             )
         if self.mask is None:
             self._refuse_padding()
-            return torch.ones(self.shape, dtype=torch.bool)
+            return torch.ones(self.shape, dtype=torch.bool, device="cpu")
         if not isinstance(self.mask, Tensor) or self.mask.ndim != 2:
             got = tuple(self.mask.shape) if isinstance(self.mask, Tensor) else f"a {type(self.mask).__name__}"
             raise ConfigError(
@@ -128,7 +128,7 @@ class CallReader:
         cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
         past = _past_length(cache, mask, lead.shape[1])
         if mask is None and past:
-            mask = torch.ones(lead.shape[0], past + lead.shape[1], dtype=torch.bool)
+            mask = torch.ones(lead.shape[0], past + lead.shape[1], dtype=torch.bool, device="cpu")
         else:
             mask = _padding(mask, past, lead.shape[1])
         return Call(

@@ -134,7 +134,12 @@ class TokenClause:
                     f"tokens={self.tokens!r} with skip_first={self.skip_first} matches no token of this batch, whose "
                     f"rows have {int(call.lengths.min())} to {int(call.lengths.max())} real tokens"
                 )
-            return Selection(_shape(call), torch.zeros(0, dtype=torch.long), None, *torch.zeros(2, 0, dtype=torch.long))
+            return Selection(
+                _shape(call),
+                torch.zeros(0, dtype=torch.long, device="cpu"),
+                None,
+                *torch.zeros(2, 0, dtype=torch.long, device="cpu"),
+            )
         if self.tokens == "mean":
             sample = chosen.any(1).nonzero()[:, 0].cpu()
             return Selection(_shape(call), None, chosen, sample, torch.full_like(sample, -1))

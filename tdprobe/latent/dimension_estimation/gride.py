@@ -115,7 +115,7 @@ class GrideDimensionEstimator(NeighborDimension):
         found = [_fitted(*self._logs(table, n1), n1) for n1 in ranks]
         scales, errors = (torch.stack(column, -1) for column in zip(*found, strict=True))
         place = ranks.index(self.n1)
-        facts = {"scales": scales, "scales_se": errors, "ranks": torch.tensor(ranks)}
+        facts = {"scales": scales, "scales_se": errors, "ranks": torch.tensor(ranks, device="cpu")}
         return self._scores(table, score=scales[..., place], se=SPREAD * errors[..., place], **facts)
 
     def _logs(self, table: Any, n1: int) -> tuple[Tensor, Tensor]:

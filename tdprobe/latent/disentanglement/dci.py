@@ -114,7 +114,7 @@ def importances(found: Inputs, model: str, alpha: float, seed: int) -> tuple[Ten
         y = y.astype(int) if discrete else (y - y[fitted].mean()) / y[fitted].std()
         fit = _fit_lasso if model == "lasso" else _fit_trees
         weights, found_score = fit(x, y, fitted, held, discrete=discrete, model=model, alpha=alpha, seed=seed)
-        importance[:, i], score[i] = torch.as_tensor(weights), float(found_score)
+        importance[:, i], score[i] = torch.from_numpy(weights), float(found_score)
     return importance, score
 
 

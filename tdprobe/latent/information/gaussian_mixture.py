@@ -51,7 +51,7 @@ def square_mahalanobis_distance(
     x, y, stds = widened(x, y, stds)
     tokens = _broadcast_tokens(x, y, stds)
     try:
-        keep = (torch.as_tensor(mask) != 0).expand(tokens)
+        keep = ((mask if isinstance(mask, Tensor) else torch.as_tensor(mask, device=x.device)) != 0).expand(tokens)
     except RuntimeError:
         raise ConfigError(f"mask has shape {tuple(mask.shape)}; it must broadcast to {tuple(tokens)}") from None
     hole = ~keep.unsqueeze(-1)

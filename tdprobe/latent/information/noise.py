@@ -105,7 +105,7 @@ class FeatureMoments:
         """
         stds, mus = {}, {}
         for name in names:
-            n, mu, squares = self._parts.get(name, (0, torch.zeros(0), torch.zeros(0)))
+            n, mu, squares = self._parts.get(name, (0, torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu")))
             if n < 2:
                 raise StateError(
                     f"the calibration saw {n} rows of {name!r}, and a standard deviation takes two or more; run texts "
@@ -148,7 +148,7 @@ def draw(rows: Tensor, seed: int, name: str, number: int, run: int) -> Float[Ten
     """
     if not rows.is_floating_point():
         raise ConfigError(f"noise is added to real numbers, and a layer gave {rows.dtype}; leave it out")
-    key = torch.zeros((), dtype=torch.int64)
+    key = torch.zeros((), dtype=torch.int64, device="cpu")
     for part in (seed, zlib.crc32(name.encode()), number, run):
         # Python's integers have no end; 63 bits are what a generator takes.
         key = mix64(key ^ (part & (2**63 - 1)))

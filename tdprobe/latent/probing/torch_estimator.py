@@ -126,7 +126,7 @@ class TorchEstimator(nn.Module):
         return functional.cross_entropy(output.reshape(-1, self._num_classes), target.reshape(-1))
 
     def _targets(self, y: Any) -> Tensor:
-        y = normal(torch.as_tensor(y))
+        y = normal(_tensor(y))
         if self._num_classes is None:
             return self._cast(y)
         if y.is_floating_point() or y.is_complex():
@@ -141,12 +141,17 @@ class TorchEstimator(nn.Module):
         return y
 
     def _cast(self, x: Any) -> Tensor:
-        x = normal(torch.as_tensor(x)).detach()
+        x = normal(_tensor(x)).detach()
         parameter = next(self.parameters(), None)
         return x.to(torch.float32 if parameter is None else parameter.dtype)
 
     def _cuda_devices(self) -> list[int]:
         return sorted({p.get_device() for p in self.parameters() if p.is_cuda})
+
+
+def _tensor(x: Any) -> Tensor:
+    # torch.as_tensor would move tensors to the default device.
+    return x if isinstance(x, Tensor) else torch.as_tensor(x)
 
 
 def _make_trainable(module: nn.Module) -> None:

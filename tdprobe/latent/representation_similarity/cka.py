@@ -192,7 +192,7 @@ def cka_matrix(rows: Sequence[Tensor], *, unbiased: bool = False) -> Float[Tenso
         >>> cka_matrix([x, 2 * x]).allclose(torch.ones(2, 2, dtype=torch.float64))
         True
     """
-    ids = torch.arange(rows[0].shape[0] if rows else 0)
+    ids = torch.arange(rows[0].shape[0] if rows else 0, device="cpu")
     batch = Batch({f"layer {index}": x for index, x in enumerate(rows)}, ids)
     estimator = CkaEstimator(unbiased=unbiased)
     statistic = estimator._one_shot(batch)
