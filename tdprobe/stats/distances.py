@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from itertools import product as pairs_of
 
 import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
-from tdprobe.stats.precision import float32_is_exact
+from tdprobe.stats.middle import centre_of_most
+from tdprobe.stats.precision import at_once, float32_is_exact
+from tdprobe.stats.products import SLICE, in_slices, products_at
 
-# Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
-SLICE, TILE = 128, 2048
-# Numbers in one step of differences, for the same reason.
+# Numbers in one step of differences, which stay in the cache.
 STEP = 2**16
 # Distances that agree to this relative precision are tied: sums in float64 say no more.
 TIE = 1e-12
 # Numbers in the exact distances of some rows to all points.
 EXACT_BLOCK = 2**20
-# An exact measure takes the time of this many entries of a product on the CPU, where float64 doubles the product.
-EXACT_COST = 200
+# A product of single pairs takes the time of this many entries of a block on the CPU, where float64 doubles the block.
+PAIR_COST = 20
 
 
 class Space:
@@ -34,8 +33,8 @@ class Space:
     Args:
         rows: ``(n, d)`` real and finite.
         p: Order of the norm.
-        asked: About how many measures of each row must be exact. Where they are many, products in float64, which
-            leave hardly any in doubt, cost less than products in float32 and the exact measures together.
+        asked: About how many measures of each row must be better than float32 makes them. Where they are many, blocks
+            in float64 cost less than blocks in float32 and those measures together.
 
     Attributes:
         own: Point of each row, ``(n,)`` int64.
@@ -50,26 +49,9 @@ class Space:
         _, self.own, self.repeats = torch.unique(self.rows, dim=0, return_inverse=True, return_counts=True)
         places = torch.arange(len(rows), device=rows.device)
         self.first = torch.empty_like(self.repeats).scatter_reduce_(0, self.own, places, "amin", include_self=False)
-        self.middle, spread = self._centre_of_most()
+        self.middle, spread = centre_of_most(self.rows.split(self._rows_at_once))
         # Without this, entries of 1e30 or 1e-30 would leave float32 when squared.
         self.scale = 2.0 ** -max(-1000, min(1000, math.frexp(spread)[1])) if p == 2 else 1.0
-
-    def _centre_of_most(self) -> tuple[Float[Tensor, "d"], float]:
-        """Return the mean of the half of the rows that is nearest to the mean of all, and a bound on entries from it.
-
-        A few rows of huge norm, such as first tokens, pull the mean far away from all others, whose products would
-        round at the scale of that way.
-        """
-        parts, n = self.rows.split(self._rows_at_once), len(self.rows)
-        mean = sum(part.double().sum(0) for part in parts) / n
-        far = torch.cat([(part.double() - mean).abs().amax(1) for part in parts])
-        near = (far <= far.median()).double()
-        middle = sum(some @ part.double() for some, part in zip(near.split(len(parts[0])), parts, strict=True))
-        # On a grid of a thousandth of its reach, products of rows of few digits, such as integers, stay exact.
-        grid = 2.0 ** max(-1000, math.frexp(float(far.median() or far.max()))[1] - 10)
-        steps = middle / near.sum() / grid
-        middle = torch.where(steps.abs() < 2**52, steps.round(), steps) * grid
-        return middle, float(far.max() + (middle - mean).abs().max())
 
     @property
     def repeated(self) -> Tensor:
@@ -93,13 +75,13 @@ class Space:
 
     @property
     def _rows_at_once(self) -> int:
-        return max(1, STEP // self.rows.shape[1])
+        return max(1, at_once(STEP, self.rows.device) // self.rows.shape[1])
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Dtype of fast measures: float32, unless much must be exact, or the user has switched its products to less."""
         device = self.rows.device
-        much = device.type == "cpu" and self.asked * EXACT_COST > self.points
+        much = device.type == "cpu" and self.asked * PAIR_COST > self.points
         return torch.float64 if self.p != 2 or much or not float32_is_exact(device) else torch.float32
 
     def block(
@@ -113,25 +95,21 @@ class Space:
         if self.p != 2:
             return self.exact_block(rows)
         dtype = dtype or self.dtype
-        points = self._usual[0] if dtype == self.dtype else self._far
-        left = points[self.own[rows]]
-        out = left.new_empty(len(rows), self.points) if out is None else out
+        out = torch.empty(len(rows), self.points, dtype=dtype, device=rows.device) if out is None else out
         if dtype == torch.float64:
-            # (x, |x|^2, 1) becomes (-2 x, 1, |x|^2).
-            left[:, :-2] *= -2
-            left[:, -2:] = left[:, -2:].flip(1)
-            torch.mm(left, points.mT, out=out)
+            torch.mm(self._turned(rows), self._far.mT, out=out)
         else:
-            self._in_slices(left, points, out)
+            x = self._kept[0][:, : self.rows.shape[1]]
+            in_slices(x[self.own[rows]], x, self._norms.square(), out)
         return out.scatter_(1, self.own[rows].unsqueeze(1), torch.inf)
 
-    def _in_slices(self, left: Tensor, points: Tensor, out: Tensor) -> None:
-        squares = self._norms.square().to(out.dtype)
-        for start, column in pairs_of(range(0, self.points, TILE), range(0, points.shape[1], SLICE)):
-            tile, part = out[:, start : start + TILE], slice(column, column + SLICE)
-            if column == 0:
-                tile.copy_(squares[start : start + TILE].expand_as(tile))
-            tile.addmm_(left[:, part], points[start : start + TILE, part].mT, alpha=-2)
+    def _turned(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r e"]:
+        """Return what gives squared distances of some rows when multiplied with all points as they are kept."""
+        left = self._far[self.own[rows]]
+        # (x, |x|^2, 1) becomes (-2 x, 1, |x|^2).
+        left[:, :-2] *= -2
+        left[:, -2:] = left[:, -2:].flip(1)
+        return left
 
     def offset(self, rows: Int[Tensor, "r"], dtype: torch.dtype) -> Float[Tensor, "r"]:
         """Return what `block` in a dtype leaves out of each row, float64."""
@@ -176,13 +154,28 @@ class Space:
     def gamma(self, dtype: torch.dtype) -> float:
         """Return the error of a squared distance relative to ``(|x| + |y|)^2``."""
         width = self.rows.shape[1]
-        # In float32 the norms are added last; in float64 there are digits to spare for any order.
-        terms = width if dtype == torch.float64 else min(width, SLICE) / 2 + math.ceil(width / SLICE)
+        # In float32 the norms come last, and a CPU has several sums for a slice; float64 has digits for any order.
+        lanes = 2 if self.rows.device.type == "cpu" else 1
+        terms = width if dtype == torch.float64 else min(width, SLICE) / lanes + math.ceil(width / SLICE)
         return (terms + 12) * torch.finfo(dtype).eps / 2
 
     def _tiny(self, dtype: torch.dtype) -> float:
         # What underflow may take from each product.
         return 4 * self.rows.shape[1] * torch.finfo(dtype).tiny
+
+    def fine(self, rows: Int[Tensor, "m"], points: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
+        """Return the measures of pairs of a row and another point as `block` has them in float64, or better.
+
+        Fastest where all pairs of a row stand together.
+        """
+        if self.p != 2:
+            return self.exact(rows, points)
+        some, place, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        if len(rows) * PAIR_COST > 2 * len(some) * self.points:
+            return self.block(some, torch.float64)[place, points]
+        if self.rows.device.type != "cpu":
+            return self.exact(rows, points)
+        return products_at(self._turned(some), self._far, counts, points)
 
     def exact(self, rows: Int[Tensor, "m"], points: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
         """Return the measures of pairs of a row and a point, float64, from the differences of given values."""
@@ -221,15 +214,17 @@ class Space:
 
     @property
     def _norms(self) -> Tensor:
-        return self._usual[1]
+        return self._kept[1]
 
     @cached_property
-    def _usual(self) -> tuple[Tensor, Tensor]:
-        return self._centred(self.dtype)
+    def _kept(self) -> tuple[Tensor, Tensor]:
+        # On the CPU products of single pairs are taken in float64, whatever blocks are in.
+        return self._centred(torch.float64 if self.rows.device.type == "cpu" else self.dtype)
 
     @cached_property
     def _far(self) -> Tensor:
-        return self._centred(torch.float64)[0]
+        kept = self._kept[0]
+        return kept if kept.dtype == torch.float64 else self._centred(torch.float64)[0]
 
     def _centred(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the centred points x in a dtype, in float64 as (x, |x|^2, 1), and their lengths in float64."""

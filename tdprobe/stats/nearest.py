@@ -9,7 +9,9 @@ from torch import Tensor
 
 from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
-from tdprobe.stats.order import ascending, smallest
+from tdprobe.stats.order import ascending
+from tdprobe.stats.precision import at_once
+from tdprobe.stats.seen import Seen
 
 # Candidates beyond the wanted ones: as many as settle almost every row, then as many as settle small clusters.
 FEW, MANY = 4, 60
@@ -35,6 +37,16 @@ class Wanted:
     ties: bool = False
     places: int = 0
 
+    @property
+    def few(self) -> int:
+        """Candidates that settle almost every row."""
+        return self.ranks[-1] + FEW + self.ranks[-1] // 32
+
+    @property
+    def many(self) -> int:
+        """Candidates that settle small clusters."""
+        return self.few - FEW + MANY
+
 
 @dataclass
 class Nearest:
@@ -53,28 +65,30 @@ class Nearest:
     order: Tensor
 
 
-def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wanted) -> Nearest:
+def find_nearest(seen: Seen, wanted: Wanted) -> Nearest:
     """Find the wanted neighbours of some rows, exactly.
 
     Args:
-        space: The layer.
-        rows: Places of the rows.
-        block: ``space.block(rows)``.
+        seen: All measures of the rows, and ``wanted.few`` of the smallest.
         wanted: Which neighbours.
     """
+    space, rows = seen.space, seen.rows
     measures = torch.full((len(rows), len(wanted.ranks)), torch.inf, dtype=torch.float64, device=rows.device)
     places = torch.full((len(rows), wanted.places), -1, device=rows.device)
     todo, ties = torch.arange(len(rows), device=rows.device), []
-    for margin, dtype in ((FEW, space.dtype), (MANY, torch.float64)):
-        block = block if margin == FEW else space.block(rows[todo], dtype)
-        found, sure = _by_products(space, rows[todo], block, wanted, margin)
+    for again in (False, True):
+        if again:
+            block = space.block(rows[todo], torch.float64)
+            seen = Seen.of(space, rows[todo], block, wanted.many)
+        found, sure = _by_products(seen, wanted)
         measures[todo[sure]], places[todo[sure]] = found.measures[sure], found.order[sure]
         kept = sure[found.row]
         ties.append(torch.stack([todo[found.row[kept]], found.point[kept]]))
         todo = todo[~sure]
         if len(todo) == 0 or space.p != 2:
             break
-    for part in todo.split(max(1, EXACT_BLOCK // space.points)) if len(todo) else ():
+    size = max(1, at_once(EXACT_BLOCK, rows.device) // space.points)
+    for part in todo.split(size) if len(todo) else ():
         found = _by_differences(space, rows[part], wanted)
         measures[part], places[part] = found.measures, found.order
         ties.append(torch.stack([part[found.row], found.point]))
@@ -83,27 +97,30 @@ def find_nearest(space: Space, rows: Int[Tensor, "r"], block: Tensor, wanted: Wa
     return Nearest(measures, row, point[order], places)
 
 
-def _by_products(space: Space, rows: Tensor, block: Tensor, wanted: Wanted, margin: int) -> tuple[Nearest, Tensor]:
+def _by_products(seen: Seen, wanted: Wanted) -> tuple[Nearest, Tensor]:
     """Settle rows whose neighbours show among the candidates; also tell which rows those are.
 
     With ``a`` the fast measures, off by at most ``slack``: the neighbour of rank q has an ``a`` within ``slack``
-    of the q-th smallest one, so only candidates within twice that may need an exact measure.
+    of the q-th smallest one, so only candidates within twice that may need a better measure. Products in float64 tell
+    most of those apart that products in float32 cannot, and differences the rest.
     """
-    dtype = block.dtype
-    a, points = smallest(block, wanted.ranks[-1] + margin + wanted.ranks[-1] // 32)
-    a = a.double() + space.offset(rows, dtype).unsqueeze(1)
-    ceiling = space.ceiling(rows, a, points, dtype)
-    reach = ceiling.amax(1)
-    slack, rounding = (bound(rows, reach, dtype).unsqueeze(1) for bound in (space.slack, space.rounding))
+    space, rows, points = seen.space, seen.rows, seen.points.clone()
+    a = seen.near.double() + seen.offset.unsqueeze(1)
+    reach = space.ceiling(rows, a, points, seen.dtype).amax(1)
+    slack = space.slack(rows, reach, seen.dtype).unsqueeze(1)
     cut = a[:, -1:].clone() if a.shape[1] < space.points else torch.full_like(slack, torch.inf)
     if not wanted.distinct and _leave_out(a, slack, space, rows, points, wanted):
         a, points = _sorted(a, points)
-    centres = _at_ranks(space, a, points, wanted)
-    which, mixed = _in_doubt(a, centres, slack, rounding > FINE * centres)
-    _make_exact(a, which, space, rows, points)
-    if len(mixed):
-        a[mixed], points[mixed] = _sorted(a[mixed], points[mixed])
-    sure = ((cut == torch.inf) | (cut > centres[:, -1:] + 2 * slack)).squeeze(1)
+    # By products in float64, if they are better than those at hand, and by differences.
+    for dtype in dict.fromkeys((seen.dtype, torch.float64)):
+        centres = _at_ranks(space, a, points, wanted)
+        doubt, rounding = (bound(rows, reach, dtype).unsqueeze(1) for bound in (space.slack, space.rounding))
+        which, mixed = _in_doubt(a, centres, doubt, rounding > FINE * centres)
+        row, column = (which & (a < torch.inf)).nonzero().unbind(1)
+        a[row, column] = (space.fine if dtype == torch.float32 else space.exact)(rows[row], points[row, column])
+        if len(mixed):
+            a[mixed], points[mixed] = _sorted(a[mixed], points[mixed])
+    sure = ((cut == torch.inf) | (cut > _at_ranks(space, a, points, wanted)[:, -1:] + 2 * slack)).squeeze(1)
     return _collect(space, a, points, wanted), sure
 
 
@@ -162,11 +179,6 @@ def _at_ranks(space: Space, a: Float[Tensor, "r m"], points: Int[Tensor, "r m"],
     else:
         places = torch.searchsorted(space.repeats[points].cumsum(1), ranks.contiguous())
     return torch.nn.functional.pad(a, (0, 1), value=torch.inf).gather(1, places)
-
-
-def _make_exact(a: Tensor, which: Tensor, space: Space, rows: Tensor, points: Tensor) -> None:
-    row, column = (which & (a < torch.inf)).nonzero().unbind(1)
-    a[row, column] = space.exact(rows[row], points[row, column])
 
 
 def _leave_out(a: Tensor, slack: Tensor, space: Space, rows: Tensor, points: Tensor, wanted: Wanted) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE, Space
 from tdprobe.stats.neighbors import NeighborTable
+from tdprobe.stats.precision import at_once
 
 # Most rows in a block, and numbers for the lists of one, between all layers.
 BLOCK, BUDGET = 128, 2**23
@@ -95,7 +96,8 @@ def mean_terms(table: NeighborTable, k: int, terms: Terms) -> tuple[Float[Tensor
 def _blocks(table: NeighborTable, index: tuple[int, ...], held: Tensor, k: int) -> Generator[Neighborhoods]:
     layers = [_Layer(table, (*index, layer), k) for layer in held.tolist()]
     n, longest = len(table.ids), max(layer.longest for layer in layers)
-    size = max(4, min(BLOCK, BUDGET // (len(layers) ** 2 * longest)))
+    block, budget = (at_once(number, table.first.device) for number in (BLOCK, BUDGET))
+    size = max(4, min(block, budget // (len(layers) ** 2 * longest)))
     for rows in torch.arange(n, device=table.ids.device).split(size):
         yield _stacked(rows, [layer.lists(rows) for layer in layers], n)
 
@@ -220,7 +222,7 @@ class _Layer:
     def _all_tied(self, rows: Int[Tensor, "t"]) -> tuple[Tensor, Tensor]:
         """Find all distinct rows that are as far as the last one listed."""
         found = [torch.zeros(2, 0, dtype=torch.int64, device=rows.device)]
-        size = max(1, EXACT_BLOCK // len(self.first))
+        size = max(1, at_once(EXACT_BLOCK, rows.device) // len(self.first))
         for start in range(0, len(rows), size):
             space, part = self._space, rows[start : start + size]
             target = space.exact(part, space.own[self.places[part, -1]])

@@ -14,14 +14,15 @@ from torch import Tensor
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.stats.distances import Space
-from tdprobe.stats.mean_ranks import Partners, mean_ranks, partners_of
+from tdprobe.stats.mean_ranks import mean_ranks
 from tdprobe.stats.nearest import Wanted, find_nearest
+from tdprobe.stats.partners import Partners, partners_of
 from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.seen import Memory, Seen
 from tdprobe.stats.state import Derivation, all_finite, by_layer, layer_list, working_dtype
 
-# Exact measures that ranking in one more layer, and the search for points, take of each row after float32 products.
-DOUBTS = 16
+# Measures that ranking in one more layer takes of each row after products in float32, where layers share little.
+DOUBTS = 2
 
 
 class NeighborTable(TensorClass):
@@ -207,12 +208,13 @@ class _Pass:
             seen, partners = [], []
             for i, space in self.spaces.items():
                 block = space.block(rows, out=memory.of(i, len(rows)))
-                nearest = find_nearest(space, rows, block, self.wanted)
+                found = Seen.of(space, rows, block, self.wanted.few)
+                nearest = find_nearest(found, self.wanted)
                 table.distances[(*index, i)][rows] = space.distance(nearest.measures[:, self.kept])
                 order = nearest.order
                 table.places[(*index, i)][rows] = torch.where(order >= 0, space.first[order], -1)
                 if self.config.imbalance:
-                    seen.append(memory.keep(i, Seen.of(space, rows, block)))
+                    seen.append(memory.keep(i, found))
                     partners.append(partners_of(space, rows, nearest))
             if self.config.imbalance:
                 sums += _ranks(seen, partners)

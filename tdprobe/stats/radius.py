@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tdprobe._types import Float, Int
 from tdprobe.stats.distances import TIE, Space
+from tdprobe.stats.precision import at_once
 
 BLOCK = 128
 
@@ -25,10 +26,11 @@ def count_within(x: Float[Tensor, "n d"], rows: Int[Tensor, "r"], radii: Float[T
     if len(rows) == 0:
         return torch.zeros(0, len(radii), dtype=torch.float64, device=x.device)
     space = Space(x)
-    memory = torch.empty(BLOCK, space.points, dtype=space.dtype, device=x.device)
+    size = at_once(BLOCK, x.device)
+    memory = torch.empty(size, space.points, dtype=space.dtype, device=x.device)
     reach = torch.tensor([space.measure(radius) for radius in radii.tolist()], dtype=torch.float64, device=x.device)
     found = []
-    for part in rows.split(BLOCK):
+    for part in rows.split(size):
         block = space.block(part, out=memory[: len(part)])
         found.append(torch.stack([_nearer(space, part, block, target) for target in reach], 1))
     return torch.cat(found)

@@ -9,9 +9,13 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.stats.distances import Space
-from tdprobe.stats.mean_ranks import Partners, mean_ranks
+from tdprobe.stats.mean_ranks import mean_ranks
 from tdprobe.stats.neighborhoods import Neighborhoods
+from tdprobe.stats.partners import Partners
 from tdprobe.stats.seen import Seen
+
+# Rows to know the order of, for each that is listed: most of the nearest ones elsewhere are among them.
+NEAR = 3
 
 
 @dataclass
@@ -50,5 +54,6 @@ def _ranks(space: Space, hoods: Neighborhoods) -> Float[Tensor, "l r s"]:
     some = torch.where(hoods.share > 0, hoods.other, (hoods.rows.unsqueeze(1) + 1) % hoods.total)
     one_each, place = torch.ones_like(hoods.rows), torch.arange(count, device=hoods.rows.device)
     partners = [Partners(place, other, one_each) for other in some.movedim(1, 2).flatten(0, 1)]
-    found = mean_ranks(Seen.of(space, hoods.rows, space.block(hoods.rows)), partners)
+    seen = Seen.of(space, hoods.rows, space.block(hoods.rows), NEAR * length)
+    found = mean_ranks(seen, partners)
     return found.mT.unflatten(0, (layers, length)).movedim(1, 2)

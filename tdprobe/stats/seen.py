@@ -10,6 +10,8 @@ from torch import Tensor
 
 from tdprobe._types import Int
 from tdprobe.stats.distances import Space
+from tdprobe.stats.order import smallest
+from tdprobe.stats.precision import at_once
 
 # Most rows in a block, and bytes for all blocks that are needed at once.
 BLOCK, BUDGET = 256, 128 * 2**20
@@ -25,6 +27,8 @@ class Seen:
         block: Measures to all points, ``(r, u)``, but for the offset.
         offset: What the block lacks, ``(r,)`` float64.
         dtype: What the products were computed in.
+        near: The smallest numbers of each row of the block, ascending, ``(r, k)``.
+        points: Which points those are of.
     """
 
     space: Space
@@ -32,19 +36,29 @@ class Seen:
     block: Tensor
     offset: Tensor
     dtype: torch.dtype
+    near: Tensor
+    points: Tensor
 
     @classmethod
-    def of(cls, space: Space, rows: Int[Tensor, "r"], block: Tensor) -> Seen:
-        """Take a block of products."""
-        return cls(space, rows, block, space.offset(rows, block.dtype), block.dtype)
+    def of(cls, space: Space, rows: Int[Tensor, "r"], block: Tensor, few: int) -> Seen:
+        """Take a block of products.
+
+        Args:
+            space: The layer.
+            rows: Places of the rows.
+            block: ``space.block(rows)``.
+            few: How many of the nearest points of each row to list.
+        """
+        return cls(space, rows, block, space.offset(rows, block.dtype), block.dtype, *smallest(block, few))
 
     def rounded(self, out: Tensor) -> Seen:
         """Keep measures in another dtype, the memory given."""
-        return replace(self, block=out.copy_(self.block))
+        return replace(self, block=out.copy_(self.block), near=self.near.to(out.dtype))
 
     def some(self, places: Tensor) -> Seen:
         """Take some of the rows."""
-        return replace(self, rows=self.rows[places], block=self.block[places], offset=self.offset[places])
+        parts = ("rows", "block", "offset", "near", "points")
+        return replace(self, **{name: getattr(self, name)[places] for name in parts})
 
     @property
     def _relative(self) -> float:
@@ -80,7 +94,8 @@ class Memory:
         some = next(iter(spaces.values()))
         widest, total = (of(space.points for space in spaces.values()) for of in (max, sum))
         each = all_layers * (4 if some.p == 2 else 8)
-        self.size = max(16, min(BLOCK, BUDGET // (8 * widest + each * total)))
+        block, budget = (at_once(number, some.rows.device) for number in (BLOCK, BUDGET))
+        self.size = max(16, min(block, budget // (8 * widest + each * total)))
         once = torch.empty(self.size * widest, dtype=torch.float64, device=some.rows.device)
         self._once, self._held = once, {}
         if all_layers and some.p == 2:

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from neighbor_tools import distances, hard_layers, neighbour_distances, shared_neighbours
 from tdprobe.errors import ConfigError
-from tdprobe.stats import Neighbors, neighborhoods, radius
-from tdprobe.stats import distances as distances_module
+from tdprobe.stats import Neighbors, neighborhoods, products, radius
 from tdprobe.stats.neighborhoods import mean_terms
 from tdprobe.stats.radius import count_within
 
@@ -130,7 +129,7 @@ class TestRadius:
         rows = torch.arange(0, len(x), 3)
         assert torch.equal(count_within(x, rows, radii), expected[rows])
         monkeypatch.setattr(radius, "BLOCK", 7)
-        monkeypatch.setattr(distances_module, "TILE", 16)
+        monkeypatch.setattr(products, "TILE", 16)
         assert torch.equal(count_within(x, rows, radii), expected[rows])
 
     def test_no_rows_have_no_counts(self):

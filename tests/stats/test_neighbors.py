@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from neighbor_tools import hard_layers, imbalance, neighbour_distances
 from tdprobe.errors import ConfigError
-from tdprobe.stats import Neighbors, Reservoir, nearest, seen
+from tdprobe.stats import Neighbors, Reservoir, nearest, ranks_of_one, seen
 from tdprobe.stats import distances as distances_module
 from tdprobe.stats.distances import Space
 from tdprobe.stats.order import parted, smallest
@@ -21,11 +21,11 @@ SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() 
 RANKS = (1, 2, 7, 20)
 
 
-@pytest.fixture(params=[0, 10**9], ids=["float32", "float64"])
+@pytest.fixture(params=[2, 10**9], ids=["float32", "float64"])
 def products(request, monkeypatch):
     """Compute fast measures in either dtype, whatever costs less."""
-    monkeypatch.setattr(distances_module, "EXACT_COST", request.param)
-    return torch.float64 if request.param else torch.float32
+    monkeypatch.setattr(distances_module, "PAIR_COST", request.param)
+    return torch.float64 if request.param > 2 else torch.float32
 
 
 @pytest.mark.usefixtures("products")
@@ -68,7 +68,7 @@ class TestExactness:
     def test_measures_kept_as_float32_err_by_no_more_than_their_slack(self, name):
         for x in LAYERS[name]:
             space, rows = Space(x), torch.arange(len(x))
-            block = seen.Seen.of(space, rows, space.block(rows, torch.float64))
+            block = seen.Seen.of(space, rows, space.block(rows, torch.float64), 2)
             kept = block.rounded(torch.empty(len(rows), space.points))
             exact = space.exact_block(rows)
             other = (space.own != torch.arange(space.points).unsqueeze(1)).mT
@@ -107,19 +107,44 @@ class TestExactness:
 
     def test_ordinary_rows_are_settled_by_the_first_products(self, products, monkeypatch):
         monkeypatch.setattr(nearest, "_by_differences", None)
-        # Products in float64 leave nothing to measure exactly.
-        monkeypatch.setattr(Space, "_far" if products == torch.float32 else "_wide", None)
-        measured, exact = [], Space.exact
-        monkeypatch.setattr(Space, "exact", lambda *given: measured.append(len(given[1])) or exact(*given))
+        blocks, pairs = [], []
+        block, fine, exact = Space.block, Space.fine, Space.exact
+        monkeypatch.setattr(Space, "block", lambda *given, **how: blocks.append(given) or block(*given, **how))
+        monkeypatch.setattr(Space, "fine", lambda *given: pairs.append(len(given[1])) or fine(*given))
+        # Products in float64, of blocks or of pairs, leave nothing to measure exactly.
+        monkeypatch.setattr(Space, "exact", lambda *given: exact(*given) if len(given[1]) == 0 else None)
         Neighbors(RANKS, imbalance=True).of_rows(list(LAYERS["ordinary"]))
-        assert sum(measured) == 0 if products == torch.float64 else sum(measured) > len(LAYERS["ordinary"][0])
+        assert len(blocks) == 2
+        assert sum(pairs) == 0 if products == torch.float64 else sum(pairs) > len(LAYERS["ordinary"][0])
 
     def test_products_are_of_the_dtype_that_costs_less(self):
         x = LAYERS["ordinary"][0]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(distances_module, "EXACT_COST", 200)
+            patch.setattr(distances_module, "PAIR_COST", 200)
             found = [Space(x.repeat(times, 1).cumsum(0), asked=30).dtype for times in (1, 39, 41)]
         assert found == [torch.float64, torch.float64, torch.float32]
+
+    @pytest.mark.parametrize("order", ["by row", "shuffled"])
+    @pytest.mark.parametrize("name", ["ordinary", "outliers", "massive column", "tight clusters", "offset", "line"])
+    def test_products_of_pairs_err_by_no_more_than_those_of_blocks(self, name, order, products):
+        for x in LAYERS[name]:
+            space = Space(x)
+            rows, points = (torch.arange(len(x)).unsqueeze(1) != space.first[::3]).nonzero().unbind(1)
+            shuffled = torch.randperm(len(rows)) if order == "shuffled" else torch.arange(len(rows))
+            rows, points = rows[shuffled], 3 * points[shuffled]
+            other = space.own[rows] != points
+            rows, points = rows[other], points[other]
+            found, exact = space.fine(rows, points), space.exact(rows, points)
+            assert bool(((found - exact).abs() <= space.slack(rows, exact, torch.float64)).all())
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.integers(1, 9), st.integers(1, 20), st.integers(0, 2**31))
+    def test_points_that_layers_share_are_ranked_once(self, rows, layers, seed):
+        point = torch.randint(0, 6, (rows, layers), generator=torch.Generator().manual_seed(seed))
+        listed, place = ranks_of_one._distinct(point)
+        assert torch.equal(listed.gather(1, place), point)
+        for row, found in zip(point.tolist(), listed.tolist(), strict=True):
+            assert [number for number in found if number >= 0] == sorted(set(row))
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(-9, 9), min_size=1, max_size=300), st.integers(1, 40))
@@ -154,6 +179,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         # Views and broadcasts of what exists cost nothing.
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        made = [x.values() if x.layout == torch.sparse_csr else x for x in made]
         self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in made)])
         if "sort" in str(func) and "search" not in str(func) and args[0].ndim > 1:
             self.sorted_rows = max(self.sorted_rows, args[0].shape[-1])
@@ -276,7 +302,7 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
     rows = list(hard_layers()[kind])
     found = {}
     for bound in (1, 99):
-        monkeypatch.setattr("tdprobe.stats.mean_ranks.SORTED", bound)
+        monkeypatch.setattr("tdprobe.stats.ranks_of_one.SORTED", bound)
         found[bound] = Neighbors(imbalance=True).of_rows(rows).imbalance
     assert torch.equal(found[1], found[99])
     assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
@@ -284,7 +310,7 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
 
 @pytest.mark.parametrize("bound", [1, 99], ids=["sorting", "counting"])
 def test_what_float32_keeps_of_nearly_equal_distances_is_told_apart_by_products(bound, monkeypatch):
-    monkeypatch.setattr("tdprobe.stats.mean_ranks.SORTED", bound)
+    monkeypatch.setattr("tdprobe.stats.ranks_of_one.SORTED", bound)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).double()
     x = torch.eye(60, dtype=torch.float64) * (1 + 1e-8 * order.unsqueeze(1) / 60)
     measured, exact = [], Space.exact

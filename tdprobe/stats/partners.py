@@ -1,0 +1,51 @@
+"""The nearest rows of rows, all that are tied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from tdprobe._types import Int
+from tdprobe.stats.distances import Space
+from tdprobe.stats.nearest import Nearest
+
+
+@dataclass
+class Partners:
+    """List the nearest rows of some rows, all that are tied.
+
+    Attributes:
+        row: With ``other``: which of the rows has which nearest row, ``(t,)`` int64, ascending.
+        other: Places of the nearest rows.
+        counts: How many each row has, ``(r,)`` int64, at least 1.
+    """
+
+    row: Tensor
+    other: Tensor
+    counts: Tensor
+
+    @cached_property
+    def first(self) -> Tensor:
+        """The first one of each row, ``(r,)``."""
+        return self.other[self.counts.cumsum(0) - self.counts]
+
+
+def partners_of(space: Space, rows: Int[Tensor, "r"], nearest: Nearest) -> Partners:
+    """Turn the nearest points of rows into rows: a row's own copies where there are any, else those of the points."""
+    own, places = space.own[rows], torch.arange(len(rows), device=rows.device)
+    alone = space.repeats[own] == 1
+    kept, copied = alone[nearest.row], places[~alone]
+    row = torch.cat([nearest.row[kept], copied])
+    point = torch.cat([nearest.point[kept], own[copied]])
+    row, order = row.sort(stable=True)
+    point = point[order]
+    counts = space.repeats[point]
+    starts = (space.repeats.cumsum(0) - space.repeats)[point]
+    within = torch.arange(int(counts.sum()), device=rows.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    row, other = row.repeat_interleave(counts), space.by_point[starts.repeat_interleave(counts) + within]
+    itself = other == rows[row]
+    row, other = row[~itself], other[~itself]
+    return Partners(row, other, torch.bincount(row, minlength=len(rows)))
