@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
-from tdprobe.stats.precision import summed_dtype
+from tdprobe.stats.precision import at_once, summed_dtype
 from tdprobe.stats.state import State, Statistic, check_widths, undisturbed, working_dtype
 
 # Rows of a tile: enough for the product to run at full speed, and few enough to skip the lower triangle.
@@ -192,7 +192,7 @@ def _prepare(x: Tensor, dtype: torch.dtype) -> tuple[_Layer, Tensor, Tensor]:
     coarse = x.mean(0, dtype=dtype)
     rest = torch.zeros_like(coarse)
     square = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(4 * BLOCK):
+    for part in x.split(at_once(4 * BLOCK, x.device)):
         y = part - coarse
         rest += y.sum(0)
         square += torch.linalg.vector_norm(y).double() ** 2
@@ -208,8 +208,8 @@ def _tiled(
     """Walk the upper triangle of tiles: off-diagonal products of the scaled Grams, and their diagonals."""
     count, n = len(layers), layers[0].rows.shape[0]
     width, device = max(layer.rows.shape[1] for layer in layers), layers[0].rows.device
-    block = min(BLOCK, n)
-    columns = min(n, max(block, BUDGET // (count * block * dtype.itemsize)))
+    block, budget = min(at_once(BLOCK, device), n), at_once(BUDGET, device)
+    columns = min(n, max(block, budget // (count * block * dtype.itemsize)))
     store = torch.empty(count * block * columns, dtype=dtype, device=device)
     left = torch.empty(block, width, dtype=dtype, device=device)
     right = torch.empty(columns, width, dtype=dtype, device=device)

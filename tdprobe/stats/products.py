@@ -44,13 +44,13 @@ def products_at(
 ) -> Float[Tensor, "m"]:
     """Return single entries of ``left right'``, so many of each row, without copies of the rows of ``right``."""
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    places = _sparse(starts, columns, left.new_zeros(len(columns)), (len(left), len(right)))
+    places = _sparse(starts, columns, left.new_zeros(len(columns)), (len(left), len(right)), left.device)
     return torch.sparse.sampled_addmm(places, left, right.mT, beta=0.0).values()
 
 
-def _sparse(*parts: Any) -> Tensor:
+def _sparse(starts: Any, columns: Any, values: Any, shape: tuple[int, int], device: torch.device) -> Tensor:
     _announced()
-    return torch.sparse_csr_tensor(*parts, check_invariants=False)
+    return torch.sparse_csr_tensor(starts, columns, values, shape, device=device, check_invariants=False)
 
 
 @cache

@@ -32,14 +32,26 @@ def _order(ids: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
     return mix64(ids ^ mix64(torch.tensor(seed, device=ids.device)))
 
 
-def _picked(own: Float[Tensor, "*lead m d"], new: Tensor, kept: Tensor) -> Tensor:
-    """Return rows ``kept`` of ``own`` followed by ``new``, without copying the two into one first."""
-    count, kept = own.shape[-2], kept.to(own.device)
-    if count == 0:
-        return new.index_select(-2, kept)
-    picked = own.index_select(-2, kept.clamp(max=count - 1))
-    slots = (kept >= count).nonzero().squeeze(-1)
-    return picked.index_copy_(-2, slots, new.index_select(-2, kept[slots] - count).to(own.dtype))
+class _Picks:
+    """Say which of ``count`` rows and of more that follow are kept; looked up once for all layers on a device."""
+
+    def __init__(self, kept: Int[Tensor, " m"], count: int) -> None:
+        slots = (kept >= count).nonzero().squeeze(-1)
+        self.count = count
+        self._places: dict[torch.device, tuple[Tensor, ...]] = {
+            kept.device: (kept.clamp(max=max(0, count - 1)), slots, kept[slots] - count)
+        }
+
+    def of(self, own: Float[Tensor, "*lead m d"], new: Tensor) -> Tensor:
+        """Return the kept rows of ``own`` followed by ``new``, without copying the two into one first."""
+        known = self._places
+        if own.device not in known:
+            known[own.device] = tuple(x.to(own.device) for x in next(iter(known.values())))
+        old, slots, fresh = known[own.device]
+        if self.count == 0:
+            return new.index_select(-2, fresh)
+        picked = own.index_select(-2, old)
+        return picked.index_copy_(-2, slots, new.index_select(-2, fresh).to(own.dtype))
 
 
 class ReservoirState(State):
@@ -90,8 +102,8 @@ class ReservoirState(State):
         fresh = torch.ones_like(hashes, dtype=torch.bool)
         fresh[1:] = hashes[1:] != hashes[:-1]
         kept = order[fresh][: int(self.capacity)]
-        both = zip(layer_list(self.rows), rows, strict=True)
-        return self._replaced(joint[kept], by_layer(_picked(own, x, kept) for own, x in both), seen)
+        picks, both = _Picks(kept, len(self.ids)), zip(layer_list(self.rows), rows, strict=True)
+        return self._replaced(joint[kept], by_layer(picks.of(own, x) for own, x in both), seen)
 
     def _replaced(self, ids: Tensor, rows: TensorDict, seen: Tensor | int) -> ReservoirState:
         seen = self.n_seen + seen
@@ -167,4 +179,5 @@ class Reservoir(Statistic):
         index = enters.nonzero().squeeze(-1)
         if len(index) == 0:
             return state._replaced(state.ids, state.rows, len(ids))
-        return state._with(ids[index], [x.index_select(-2, index.to(x.device)) for x in rows], len(ids))
+        some = {device: index.to(device) for device in {x.device for x in rows}}
+        return state._with(ids[index], [x.index_select(-2, some[x.device]) for x in rows], len(ids))

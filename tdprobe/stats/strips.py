@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from tdprobe._types import Float
+from tdprobe.stats.precision import at_once
 
-# Columns whose products are made at a time.
+# Columns whose products a CPU makes at a time.
 STRIP = 128
 
 
@@ -33,11 +34,11 @@ def plus_product(
         [[2.0, 3.0], [3.0, 5.0]]
     """
     out = torch.empty_like(old) if out is None else out
-    width = x.shape[-1]
-    if width <= STRIP:
+    width, strip = x.shape[-1], at_once(STRIP, x.device)
+    if width <= strip:
         return torch.add(old, x.mT @ y, out=out)
-    for start in range(0, width, STRIP):
-        end, first = start + STRIP, start if x is y else 0
+    for start in range(0, width, strip):
+        end, first = start + strip, start if x is y else 0
         product = x[..., start:end].mT @ y[..., first:]
         torch.add(old[..., start:end, first:], product, out=out[..., start:end, first:])
         if x is y:

@@ -51,7 +51,7 @@ def without_outliers(batch: Batch, max_norm: float | None) -> Batch:
     """
     if max_norm is None or batch.n < MIN_ROWS:
         return batch
-    table = torch.stack([row_lengths(rows) for rows in batch.rows.values()])
+    table = torch.stack(row_lengths(*batch.rows.values()))
     median = table.nanmedian(1, keepdim=True).values
     # A layer that is silent for most samples has no typical length.
     outlying = ((table > max_norm * median) & (median > 0) & table.isfinite()).any(0)
@@ -60,12 +60,13 @@ def without_outliers(batch: Batch, max_norm: float | None) -> Batch:
     return batch.select((~outlying).nonzero()[:, 0])
 
 
-def row_lengths(rows: Tensor) -> Tensor:
-    """Return the length of each row, float64."""
-    rows = rows if rows.is_floating_point() else rows.abs().float()
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=wide)
-    if bool(lengths.isinf().any()):
+def row_lengths(*layers: Tensor) -> list[Tensor]:
+    """Return the length of each row of some layers, on one device, float64."""
+    layers = tuple(x if x.is_floating_point() else x.abs().float() for x in layers)
+    wide = [torch.float64 if x.dtype == torch.float64 else torch.float32 for x in layers]
+    lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=kind).double() for x, kind in zip(layers, wide, strict=True)]
+    # Asked of all layers at once: a GPU would stop for each answer.
+    if bool(torch.stack([x.isinf().any() for x in lengths]).any()):
         # Squares leave float32 long before values do.
-        lengths = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
-    return lengths.double()
+        lengths = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) for x in layers]
+    return lengths

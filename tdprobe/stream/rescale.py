@@ -59,7 +59,7 @@ def _with_rows(batch: Batch, change: Any) -> Batch:
 
 
 def _clipped(x: Tensor, max_norm: float) -> Tensor:
-    lengths = row_lengths(x)
+    (lengths,) = row_lengths(x)
     limit = max_norm * lengths.nanmedian()
     (long,) = ((lengths > limit) & (limit > 0) & lengths.isfinite()).nonzero().unbind(1)
     if len(long) == 0:
