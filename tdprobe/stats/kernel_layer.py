@@ -57,6 +57,7 @@ class Rows:
     Attributes:
         points: ``(n, d)``.
         squares: Squared lengths, ``(n,)``, with what makes a row of zeros as far as an orthogonal one.
+        scale: The power of two that points are scaled by.
         spread: Sum of squared distances to the mean, scaled like the points.
         power: Sum of squares before centring, scaled alike.
     """
@@ -72,11 +73,11 @@ class Rows:
         scale = _scale(float(points.abs().amax()) if points.numel() else 0.0)
         lengths = torch.linalg.vector_norm(points.mul_(scale), dim=1, dtype=torch.float64)
         rest = min(2.0**20, _scale(_typical(lengths)))
-        self.points, scale, lengths = points.mul_(rest), scale * rest, (lengths * rest).square()
+        self.points, self.scale, lengths = points.mul_(rest), scale * rest, (lengths * rest).square()
         self.spread = float(lengths.sum())
-        self.power = self.spread + len(x) * float((middle * scale).square().sum())
+        self.power = self.spread + len(x) * float((middle * self.scale).square().sum())
         self.lengths = lengths
-        self.squares = (lengths + empty.double() * scale**2).to(dtype)
+        self.squares = (lengths + empty.double() * self.scale**2).to(dtype)
         # Squared distances below this are rounding errors of zero.
         self.noise = torch.finfo(dtype).eps * max(16.0, math.sqrt(x.shape[1]))
 

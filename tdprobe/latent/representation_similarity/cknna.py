@@ -13,18 +13,14 @@ from tdprobe._types import Float
 from tdprobe.errors import ConfigError
 from tdprobe.estimator import PairEstimator
 from tdprobe.registry import Mode, Spec, check_mode, register
-from tdprobe.stats.distances import TIE
 from tdprobe.stats.jackknife import jackknife_se
 from tdprobe.stats.kernel_layer import Rows
+from tdprobe.stats.kernel_neighbors import KernelNeighbors
 from tdprobe.stats.kernels import BLOCK, BUDGET, EPS, GROUPS
-from tdprobe.stats.order import smallest
-from tdprobe.stats.precision import product_dtype
+from tdprobe.stats.precision import at_once, product_dtype
 from tdprobe.stats.reservoir import Reservoir, ReservoirState
 from tdprobe.stats.state import Statistic, all_finite, layer_list
 from tdprobe.stream.batch import Batch
-
-# Candidates beyond the wanted neighbours, which are told apart in float64.
-MARGIN = 6
 
 
 @register(
@@ -124,7 +120,8 @@ class CknnaEstimator(PairEstimator):
                 if held:
                     at = torch.tensor(held, device=device)
                     target = products[(slice(None), slice(None), *index)]
-                    target[:, :, at.unsqueeze(1), at] = _products([spaces[i] for i in held], self.k, groups)
+                    near = [KernelNeighbors(layers[i].to(device), spaces[i], self.k) for i in held]
+                    target[:, :, at.unsqueeze(1), at] = _products(near, groups)
         total = products.sum((0, 1))
         left_out = products.sum(0) + products.sum(1) - products.diagonal(dim1=0, dim2=1).movedim(-1, 0)
         sizes = torch.tensor([float(len(part)) for part in torch.arange(n).tensor_split(groups)], device=device)
@@ -138,10 +135,11 @@ def _cosine(products: Float[Tensor, "*s l l"]) -> Float[Tensor, "*s l l"]:
     return products / (own.unsqueeze(-1) * own.unsqueeze(-2))
 
 
-def _products(layers: list[Rows], k: int, groups: int) -> Float[Tensor, "g g l l"]:
+def _products(layers: list[KernelNeighbors], groups: int) -> Float[Tensor, "g g l l"]:
     """Sum the products of kernels that are zero except at neighbours, by the groups of rows and of neighbours."""
-    n, points = len(layers[0].points), layers[0].points
-    size = max(16, min(BLOCK, BUDGET // (len(layers) * n * points.dtype.itemsize)))
+    n, points = len(layers[0].given), layers[0].points.points
+    size, budget = at_once(BLOCK, points.device), at_once(BUDGET, points.device)
+    size = max(16, min(size, budget // (len(layers) * n * points.dtype.itemsize)))
     store = points.new_empty(len(layers), size, n)
     gram, square = points.new_empty(2, size, n)
     total = torch.zeros(groups, groups, len(layers), len(layers), dtype=torch.float64, device=points.device)
@@ -149,26 +147,11 @@ def _products(layers: list[Rows], k: int, groups: int) -> Float[Tensor, "g g l l
     for group, members in enumerate(parts):
         for rows in members.split(size):
             left, tile = slice(int(rows[0]), int(rows[-1]) + 1), store[:, : len(rows)]
-            for space, out in zip(layers, tile, strict=True):
+            for layer, out in zip(layers, tile, strict=True):
+                space = layer.points
                 inner = torch.mm(space.points[left], space.points.mT, out=gram[: len(rows)])
                 squared = space.square(inner, left, slice(None), square[: len(rows)])
-                _keep_neighbours(space, rows, inner, squared, k, out.zero_())
+                layer.keep(rows, inner, squared, out.zero_())
             columns = (part.flatten(1) for part in tile.tensor_split(groups, dim=2))
             total[group] += torch.stack([flat @ flat.mT for flat in columns])
     return total
-
-
-def _keep_neighbours(space: Rows, rows: Tensor, gram: Tensor, square: Tensor, k: int, out: Tensor) -> None:
-    """Write the inner products of some rows with their k nearest others, and with those that are as near."""
-    square.scatter_(1, rows.unsqueeze(1), torch.inf)
-    fast, places = smallest(square, min(k + MARGIN, square.shape[1] - 1))
-    gap = space.points[rows].double().unsqueeze(1) - space.points[places]
-    exact = gap.square_().sum(2)
-    reach = exact.kthvalue(k, dim=1, keepdim=True).values
-    near = exact <= reach * (1 + TIE)
-    out.scatter_(1, places, gram.gather(1, places).mul_(near))
-    # Where all candidates may be tied, more rows may be than are candidates.
-    crowded = (fast[:, -1:] <= reach + 2 * space.noise).squeeze(1)
-    if fast.shape[1] < square.shape[1] - 1 and bool(crowded.any()):
-        tied = square[crowded] <= reach[crowded] + space.noise
-        out[crowded] = gram[crowded].mul_(tied)
