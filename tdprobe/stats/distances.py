@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from tdprobe._types import Float, Int
 from tdprobe.stats.middle import centre_of_most
+from tdprobe.stats.order import distinct_rows
 from tdprobe.stats.precision import at_once, float32_is_exact
-from tdprobe.stats.products import SLICE, in_slices, products_at
+from tdprobe.stats.products import SLICE, Centred, in_float64, in_slices, products_at
 
 # Numbers in one step of differences, which stay in the cache.
 STEP = 2**16
@@ -46,10 +48,11 @@ class Space:
     def __init__(self, rows: Float[Tensor, "n d"], p: float = 2.0, asked: int = 0) -> None:
         self.rows = rows if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
         self.p, self.asked = p, asked
-        _, self.own, self.repeats = torch.unique(self.rows, dim=0, return_inverse=True, return_counts=True)
-        places = torch.arange(len(rows), device=rows.device)
-        self.first = torch.empty_like(self.repeats).scatter_reduce_(0, self.own, places, "amin", include_self=False)
+        self.own, self.first, self.repeats = distinct_rows(self.rows)
         self.middle, spread = centre_of_most(self.rows.split(self._rows_at_once))
+        if self.rows.dtype != torch.float64:
+            # So that products in float32 and in float64 are of rows from the same middle.
+            self.middle = self.middle.float().double()
         # Without this, entries of 1e30 or 1e-30 would leave float32 when squared.
         self.scale = 2.0 ** -max(-1000, min(1000, math.frexp(spread)[1])) if p == 2 else 1.0
 
@@ -99,8 +102,7 @@ class Space:
         if dtype == torch.float64:
             torch.mm(self._turned(rows), self._far.mT, out=out)
         else:
-            x = self._kept[0][:, : self.rows.shape[1]]
-            in_slices(x[self.own[rows]], x, self._norms.square(), out)
+            in_slices(replace(self._single, rows=self.rows[rows], places=None), self._single, self._norms.square(), out)
         return out.scatter_(1, self.own[rows].unsqueeze(1), torch.inf)
 
     def _turned(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r e"]:
@@ -154,10 +156,10 @@ class Space:
     def gamma(self, dtype: torch.dtype) -> float:
         """Return the error of a squared distance relative to ``(|x| + |y|)^2``."""
         width = self.rows.shape[1]
-        # In float32 the norms come last, and a CPU has several sums for a slice; float64 has digits for any order.
+        # In float32 a CPU has several sums for a slice; float64 has digits for any order.
         lanes = 2 if self.rows.device.type == "cpu" else 1
         terms = width if dtype == torch.float64 else min(width, SLICE) / lanes + math.ceil(width / SLICE)
-        return (terms + 12) * torch.finfo(dtype).eps / 2
+        return (terms + 13) * torch.finfo(dtype).eps / 2
 
     def _tiny(self, dtype: torch.dtype) -> float:
         # What underflow may take from each product.
@@ -212,6 +214,12 @@ class Space:
     def _wide(self) -> Tensor:
         return self.rows[self.first].double()
 
+    @cached_property
+    def _single(self) -> Centred:
+        # A copy of all points in float32 would take as much memory as the bank.
+        shift = (-self.scale * self.middle).to(torch.promote_types(self.rows.dtype, torch.float32))
+        return Centred(self.rows, shift, self.scale, None if self.points == len(self.rows) else self.first)
+
     @property
     def _norms(self) -> Tensor:
         return self._kept[1]
@@ -219,26 +227,16 @@ class Space:
     @cached_property
     def _kept(self) -> tuple[Tensor, Tensor]:
         # On the CPU products of single pairs are taken in float64, whatever blocks are in.
-        return self._centred(torch.float64 if self.rows.device.type == "cpu" else self.dtype)
+        keep = self.rows.device.type == "cpu" or self.dtype == torch.float64
+        return self._wide_points(self.points if keep else 0)
 
     @cached_property
     def _far(self) -> Tensor:
         kept = self._kept[0]
-        return kept if kept.dtype == torch.float64 else self._centred(torch.float64)[0]
+        return kept if len(kept) else self._wide_points(self.points)[0]
 
-    def _centred(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the centred points x in a dtype, in float64 as (x, |x|^2, 1), and their lengths in float64."""
-        width = self.rows.shape[1]
-        out = torch.ones(self.points, width + 2 * (dtype == torch.float64), dtype=dtype, device=self.rows.device)
-        squares = torch.empty(self.points, dtype=torch.float64, device=self.rows.device)
-        for start in range(0, self.points, self._rows_at_once):
-            part = slice(start, start + self._rows_at_once)
-            gap = self.rows.index_select(0, self.first[part]).double().sub_(self.middle).mul_(self.scale)
-            out[part, :width] = gap
-            squares[part] = gap.square_().sum(1)
-        if dtype == torch.float64:
-            out[:, width] = squares
-        return out, squares.sqrt_()
+    def _wide_points(self, kept: int) -> tuple[Tensor, Tensor]:
+        return in_float64(replace(self._single, shift=-self.scale * self.middle), kept, self._rows_at_once)
 
     @cached_property
     def _longest(self) -> float:

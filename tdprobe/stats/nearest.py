@@ -14,7 +14,7 @@ from tdprobe.stats.precision import at_once
 from tdprobe.stats.seen import Seen
 
 # Candidates beyond the wanted ones: as many as settle almost every row, then as many as settle small clusters.
-FEW, MANY = 4, 60
+FEW, MANY = 8, 64
 # Measures of products that are this exact, relative to themselves, need no better ones unless they are in doubt.
 FINE = 1e-11
 

@@ -16,7 +16,7 @@ from tdprobe.errors import ConfigError
 from tdprobe.stats.distances import Space
 from tdprobe.stats.mean_ranks import mean_ranks
 from tdprobe.stats.nearest import Wanted, find_nearest
-from tdprobe.stats.partners import Partners, partners_of
+from tdprobe.stats.partners import Partners, partners_of, settle_products
 from tdprobe.stats.reservoir import ReservoirState
 from tdprobe.stats.seen import Memory, Seen
 from tdprobe.stats.state import Derivation, all_finite, by_layer, layer_list, working_dtype
@@ -218,6 +218,7 @@ class _Pass:
                     partners.append(partners_of(space, rows, nearest))
             if self.config.imbalance:
                 sums += _ranks(seen, partners)
+                settle_products(self.spaces.values(), partners)
         if self.config.imbalance:
             held = torch.tensor(list(self.spaces), device=device)
             total, squares = 2 / n * sums

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from timeit import repeat
 
 import numpy as np
 import torch
@@ -12,6 +14,23 @@ from tdprobe._types import Float, Int
 
 # Columns that share a minimum, and numbers for each wanted one below which minima save nothing.
 GROUP, FEW = 8, 4
+# What sorting is measured with, how often, and the share of bounds that are compared after sorting too.
+TRIAL, TURNS, COMPARED_ANYWAY = (32, 4096), 5, 1 / 3
+# Bounds of each row from which on a GPU sorts.
+GPU_BOUNDS = 8.0
+
+
+def distinct_rows(rows: Float[Tensor, "n d"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "u"], Int[Tensor, "u"]]:
+    """Tell equal rows: return the number of each, and by numbers, in the order they come, the first row and how many.
+
+    Example:
+        >>> [x.tolist() for x in distinct_rows(torch.tensor([[7.0], [5.0], [7.0]]))]
+        [[0, 1, 0], [0, 1], [2, 1]]
+    """
+    _, number, counts = torch.unique(rows, dim=0, return_inverse=True, return_counts=True)
+    places = torch.arange(len(rows), device=rows.device)
+    first, order = torch.empty_like(counts).scatter_reduce_(0, number, places, "amin", include_self=False).sort()
+    return torch.empty_like(order).scatter_(0, order, places[: len(order)])[number], first, counts[order]
 
 
 def smallest(block: Float[Tensor, "r u"], k: int) -> tuple[Float[Tensor, "r m"], Int[Tensor, "r m"]]:
@@ -49,11 +68,12 @@ def _places_of_smallest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.argpartition(values.numpy(), k - 1, axis=1)[:, :k])
 
 
-def in_order(values: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
-    """Return each row sorted, without the places of its numbers; NaN may be anywhere."""
+def sort_in_place(values: Float[Tensor, "r m"]) -> Float[Tensor, "r m"]:
+    """Sort each row, without the places of its numbers; NaN may be anywhere."""
     if values.device.type != "cpu":
-        return values.sort(1).values
-    return torch.from_numpy(np.sort(values.numpy(), axis=1))
+        return values.copy_(values.sort(1).values)
+    values.numpy().sort(axis=1)
+    return values
 
 
 def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
@@ -71,21 +91,46 @@ def ascending(values: Float[Tensor, "r m"]) -> Int[Tensor, "r m"]:
     return keys & 0xFFFFFFFF
 
 
+@cache
+def sorting_pays_from(device: torch.device) -> float:
+    """Return how many bounds a row must have for sorting the row to take less time than comparing it with each.
+
+    It is measured, once: processors differ by a factor of five. What is found is the same either way.
+    """
+    if device.type != "cpu":
+        return GPU_BOUNDS
+    block, bound = torch.rand(TRIAL, generator=torch.Generator().manual_seed(0)), torch.full(TRIAL[:1], 0.5)
+    compare, sort = (
+        min(repeat(run, number=1, repeat=TURNS))
+        for run in (lambda: parted(block, bound, bound).below, lambda: sort_in_place(block.clone()))
+    )
+    # With numbers close to it, a bound is compared after all.
+    return sort / compare / (1 - COMPARED_ANYWAY)
+
+
 @dataclass
 class Parted:
     """Tell numbers below a bound from those up to another.
 
     Attributes:
         mask: Which numbers of each row are below the lower bound, ``(r, u)`` bool.
-        below: How many those are, ``(r,)`` int64.
         row: With ``place``: which numbers lie between the bounds, or on one.
         place: Their columns.
+        words: Of ``mask``, where eight marks are one word.
     """
 
     mask: Tensor
-    below: Tensor
     row: Tensor
     place: Tensor
+    words: Tensor | None = None
+
+    @property
+    def below(self) -> Int[Tensor, "r"]:
+        """Count the numbers of each row that are below the lower bound."""
+        if self.words is None:
+            return self.mask.sum(1)
+        # Words are added in parts that are so short that no byte of their sum runs over.
+        return sum(part.sum(1, keepdim=True).view(torch.uint8).sum(1) for part in self.words.split(255, dim=1))
 
 
 def parted(block: Float[Tensor, "r u"], low: Float[Tensor, "r"], high: Float[Tensor, "r"]) -> Parted:
@@ -93,11 +138,9 @@ def parted(block: Float[Tensor, "r u"], low: Float[Tensor, "r"], high: Float[Ten
     low, high = low.unsqueeze(1), high.unsqueeze(1)
     if block.device.type != "cpu":
         mask = block < low
-        return Parted(mask, mask.sum(1), *(mask ^ (block <= high)).nonzero().unbind(1))
+        return Parted(mask, *(mask ^ (block <= high)).nonzero().unbind(1))
     below, upto = _marks(np.less, block, low.numpy()), _marks(np.less_equal, block, high.numpy())
-    # Words are added in parts that are so short that no byte of their sum runs over.
-    count = sum(part.sum(1, keepdim=True).view(torch.uint8).sum(1) for part in below.split(255, dim=1))
-    return Parted(below.view(torch.bool)[:, : block.shape[1]], count, *_marked(below ^ upto))
+    return Parted(below.view(torch.bool)[:, : block.shape[1]], *_marked(below ^ upto), below)
 
 
 def _marks(compare: np.ufunc, block: Tensor, bound: np.ndarray) -> Int[Tensor, "r w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from tdprobe._types import Int
 from tdprobe.stats.distances import Space
 from tdprobe.stats.nearest import Nearest
+
+# Rows to rank, times points, for each column, from which on the doubts that float32 leaves cost more than float64.
+DOUBTFUL = 128
 
 
 @dataclass
@@ -49,3 +53,17 @@ def partners_of(space: Space, rows: Int[Tensor, "r"], nearest: Nearest) -> Partn
     itself = other == rows[row]
     row, other = row[~itself], other[~itself]
     return Partners(row, other, torch.bincount(row, minlength=len(rows)))
+
+
+def settle_products(spaces: Iterable[Space], partners: Sequence[Partners]) -> None:
+    """Take products in float64 from now on where layers share so little that many rows are ranked in each.
+
+    Args:
+        spaces: The layers.
+        partners: The nearest of some rows in each of them.
+    """
+    nearest = torch.stack([found.first for found in partners], 1).sort(1).values
+    ranked = float(nearest.diff(dim=1).count_nonzero()) / len(nearest)
+    for space in spaces:
+        if space.p == 2 and space.rows.device.type == "cpu" and ranked * space.points > DOUBTFUL * space.rows.shape[1]:
+            space.dtype = torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from itertools import product as pairs_of
 from typing import Any
@@ -14,29 +15,77 @@ from tdprobe._types import Float, Int
 from tdprobe.stats.precision import at_once
 
 # Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
-SLICE, TILE = 128, 2048
+SLICE, TILE = 128, 1024
 
 
-def in_slices(
-    rows: Float[Tensor, "r d"], points: Float[Tensor, "u d"], squares: Float[Tensor, "u"], out: Float[Tensor, "r u"]
-) -> None:
+@dataclass(frozen=True)
+class Centred:
+    """Rows that are centred and scaled when their turn comes.
+
+    Attributes:
+        rows: ``(n, d)`` as they were given.
+        shift: Scale times the origin, turned round, ``(d,)``.
+        scale: A power of two.
+        places: The rows that are meant, ``(u,)`` int64; all by default.
+    """
+
+    rows: Tensor
+    shift: Tensor
+    scale: float
+    places: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows if self.places is None else self.places)
+
+    def write(self, part: slice, columns: slice, out: Tensor) -> Tensor:
+        """Write some of them, rounded once, to the dtype of ``out``."""
+        x = self.rows[:, columns]
+        x = x[part] if self.places is None else x.index_select(0, self.places[part])
+        return torch.add(self.shift[columns], x, alpha=self.scale, out=out)
+
+
+def in_float64(points: Centred, kept: int, size: int) -> tuple[Float[Tensor, "k e"], Float[Tensor, "u"]]:
+    """Return points x as ``(x, |x|^2, 1)``, and their lengths, both in float64.
+
+    Args:
+        points: The points.
+        kept: How many are wanted, all or none; the lengths are wanted in any case.
+        size: How many to look at together.
+    """
+    width, device = points.rows.shape[1], points.rows.device
+    out = torch.empty(kept, width + 2, dtype=torch.float64, device=device)
+    squares = torch.empty(len(points), dtype=torch.float64, device=device)
+    scratch = torch.empty(min(size, len(points)), width, dtype=torch.float64, device=device)
+    for start in range(0, len(points), size):
+        part = slice(start, min(start + size, len(points)))
+        x = points.write(part, slice(None), out[part, :width] if kept else scratch[: part.stop - start])
+        squares[part] = x.square().sum(1)
+    out[:, width], out[:, width + 1] = squares[:kept], 1
+    return out, squares.sqrt_()
+
+
+def in_slices(rows: Centred, points: Centred, squares: Float[Tensor, "u"], out: Float[Tensor, "r u"]) -> None:
     """Write ``|y|^2 - 2 x.y``, the products in the dtype of ``out``, a slice of the columns after the other.
 
     Args:
         rows: The rows x.
-        points: The points y. Where they have another dtype, they are rounded when their turn comes.
+        points: The points y.
         squares: ``|y|^2``.
         out: Where to.
     """
-    width, size = rows.shape[1], min(len(points), at_once(TILE, out.device))
-    rows, squares = rows.to(out.dtype), squares.to(out.dtype)
-    rounded = out.new_empty(size, min(SLICE, width))
+    width, size = rows.rows.shape[1], min(len(points), at_once(TILE, out.device))
+    # One column more gives the squares.
+    left = out.new_full((len(rows), width + 1), -0.5)
+    rows.write(slice(None), slice(None), left[:, :width])
+    rounded = out.new_empty(size, min(SLICE, width) + 1)
     for start, column in pairs_of(range(0, len(points), size), range(0, width, SLICE)):
-        part = points[start : start + size, column : column + SLICE]
-        tile, right = out[:, start : start + size], rounded[: len(part), : part.shape[1]].copy_(part)
-        if column == 0:
-            tile.copy_(squares[start : start + size].expand_as(tile))
-        tile.addmm_(rows[:, column : column + SLICE], right.mT, alpha=-2)
+        part, columns = slice(start, min(start + size, len(points))), slice(column, min(column + SLICE, width))
+        last = columns.stop == width
+        right = rounded[: part.stop - start, : columns.stop - column + last]
+        points.write(part, columns, right[:, : columns.stop - column])
+        if last:
+            right[:, -1] = squares[part]
+        out[:, part].addmm_(left[:, column : columns.stop + last], right.mT, beta=float(column > 0), alpha=-2)
 
 
 def products_at(

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from tdprobe._types import Float, Int
+from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import TIE
-from tdprobe.stats.order import in_order, parted
-from tdprobe.stats.precision import at_once
+from tdprobe.stats.order import parted, sort_in_place, sorting_pays_from
 from tdprobe.stats.seen import Seen
 
-# Targets of a row beyond its nearest points from which on sorting all points once costs less than comparing each.
-SORTED = 8
-# Numbers that are compared at once: what is found to be in doubt may be all of them.
-COMPARED = 2**19
+# Numbers that are looked at together, which stay in the cache.
+COMPARED = 2**18
+# Points in doubt that are measured together.
+HELD = 2**16
 
 
 def ranks_of_one(seen: Seen, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
@@ -33,8 +33,14 @@ def ranks_of_one(seen: Seen, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
     bounds = ((measure + sign * slack).to(seen.block.dtype).masked_fill(copy | none, -torch.inf) for sign in (-1, 1))
     targets = _Targets(point, *bounds)
     sums = torch.zeros_like(measure), space.repeats[point].double()
-    far = _among_nearest(seen, targets, sums)
-    (_by_sorting if len(far) > SORTED * len(point) else _by_counting)(seen, targets, far, sums)
+    near, far = _among_nearest(seen, targets, sums)
+    held = [near]
+    for doubts in _among_all(seen, targets, far, sums):
+        held.append(doubts)
+        # They are few as a rule, and measured together; where points are tied they may be all.
+        if sum(some.shape[1] for some in held) > HELD:
+            held = _decide(seen, targets, held, sums)
+    _decide(seen, targets, held, sums)
     copies, (nearer, tied) = (space.repeats[own] - 1).double(), sums
     return torch.where(copy, (copies + 1) / 2, copies + nearer + (tied + 1) / 2).gather(1, place)
 
@@ -69,10 +75,12 @@ class _Targets:
 
 
 Sums = tuple[Tensor, Tensor]
+# Targets, by their place among all, and points that may be as near, ``(2, t)``.
+Doubts = Int[Tensor, "2 _"]
 
 
-def _among_nearest(seen: Seen, targets: _Targets, sums: Sums) -> Int[Tensor, " t"]:
-    """Rank the targets that are among the nearest points, whose order is known; return which ones are not."""
+def _among_nearest(seen: Seen, targets: _Targets, sums: Sums) -> tuple[Doubts, Bool[Tensor, "r m"]]:
+    """Rank the targets that are among the nearest points, whose order is known; also tell which ones are not."""
     near, space, (nearer, tied) = seen.near, seen.space, sums
     first = torch.searchsorted(near, targets.low.contiguous())
     last = torch.searchsorted(near, targets.high.contiguous(), right=True)
@@ -81,64 +89,72 @@ def _among_nearest(seen: Seen, targets: _Targets, sums: Sums) -> Int[Tensor, " t
     before = torch.nn.functional.pad(space.repeats[seen.points].cumsum(1).double(), (1, 0))
     nearer.copy_(before.gather(1, first))
     (which,) = (~far & (before.gather(1, last) - nearer > tied)).flatten().nonzero().unbind(1)
-    if len(which):
-        start, length = first.flatten()[which], (last - first).flatten()[which]
-        column = torch.arange(int(length.sum()), device=near.device)
-        column += (start - length.cumsum(0) + length).repeat_interleave(length)
-        which = which.repeat_interleave(length)
-        _decide(seen, targets, torch.stack([which, seen.points[which // first.shape[1], column]]), sums)
-    return far.flatten().nonzero().squeeze(1)
+    start, length = first.flatten()[which], (last - first).flatten()[which]
+    column = torch.arange(int(length.sum()), device=near.device)
+    column += (start - length.cumsum(0) + length).repeat_interleave(length)
+    which = which.repeat_interleave(length)
+    return torch.stack([which, seen.points[which // first.shape[1], column]]), far
 
 
-def _by_counting(seen: Seen, targets: _Targets, which: Tensor, sums: Sums) -> None:
-    """Compare every point with some targets, what few take: count what is nearer than each, and as near."""
-    space, nearer = seen.space, sums[0].view(-1)
+def _among_all(seen: Seen, targets: _Targets, far: Bool[Tensor, "r m"], sums: Sums) -> Iterator[Doubts]:
+    """Count what is nearer than the targets that are far, some rows at a time, and find what may be as near."""
+    size = max(1, COMPARED // seen.space.points) if far.device.type == "cpu" else len(far)
+    scratch = torch.empty_like(seen.block[:size])
+    for start in range(0, len(far), size):
+        part = slice(start, start + size)
+        (which,) = far[part].flatten().nonzero().unbind(1)
+        ordered = len(which) > sorting_pays_from(far.device) * len(far[part])
+        if ordered:
+            which = _by_sorting(seen, targets, part, which, sums, scratch)
+        yield from _by_comparing(seen, targets, which + start * far.shape[1], None if ordered else sums, scratch)
+
+
+def _by_comparing(seen: Seen, targets: _Targets, which: Tensor, sums: Sums | None, scratch: Tensor) -> Iterator[Doubts]:
+    """Compare every point with some targets, what few take: find what may be as near, and count what is nearer."""
+    space, count = seen.space, targets.point.shape[1]
     _, low, high = targets.flat
     more = (space.repeats[space.several] - 1).double()
-    held = torch.empty(2, 0, dtype=torch.int64, device=which.device)
-    compared = at_once(COMPARED, which.device)
-    for some in which.split(max(1, compared // space.points)):
-        found = parted(seen.block[some // targets.point.shape[1]], low[some], high[some])
-        nearer[some] = found.below + found.mask[:, space.several].double() @ more
-        held = torch.cat([held, torch.stack([some[found.row], found.place])], 1)
-        # Those in doubt are few as a rule, and measured together; no more are held than numbers are compared.
-        if held.shape[1] > compared // 8:
-            held = _decide(seen, targets, held, sums)
-    _decide(seen, targets, held, sums)
+    for some in which.split(len(scratch)):
+        block = torch.index_select(seen.block, 0, some // count, out=scratch[: len(some)])
+        found = parted(block, low[some], high[some])
+        if sums is not None:
+            sums[0].view(-1)[some] = found.below + found.mask[:, space.several].double() @ more
+        yield torch.stack([some[found.row], found.place])
 
 
-def _by_sorting(seen: Seen, targets: _Targets, which: Tensor, sums: Sums) -> None:
-    """Sort the points of each row once for all targets, what many take; otherwise as `_by_counting`."""
-    space, nearer, tied = seen.space, *sums
-    low, high = targets.low.contiguous(), targets.high.contiguous()
-    ordered = in_order(seen.block)
+def _by_sorting(
+    seen: Seen, targets: _Targets, part: slice, which: Tensor, sums: Sums, scratch: Tensor
+) -> Int[Tensor, " t"]:
+    """Sort the points of some rows once for all targets, what many take; return which have others as near."""
+    space, (nearer, tied) = seen.space, (total[part] for total in sums)
+    low, high, block = targets.low[part].contiguous(), targets.high[part].contiguous(), seen.block[part]
+    ordered = sort_in_place(scratch[: len(block)].copy_(block))
     below, upto = torch.searchsorted(ordered, low).double(), torch.searchsorted(ordered, high, right=True).double()
     if len(space.several):
         # Copies count for themselves. Few points have any, and sorting with places and weights takes its time.
-        ordered, order = seen.block[:, space.several].sort(1)
+        ordered, order = block[:, space.several].sort(1)
         more = torch.nn.functional.pad((space.repeats[space.several] - 1).double()[order].cumsum(1), (1, 0))
         below += more.gather(1, torch.searchsorted(ordered, low))
         upto += more.gather(1, torch.searchsorted(ordered, high, right=True))
     nearer.view(-1)[which] = below.flatten()[which]
     # The target itself is in doubt always; with any other point beside it the two are measured.
-    which = which[(upto - below > tied).flatten()[which]]
-    _by_counting(seen, targets, which, sums)
+    return which[(upto - below > tied).flatten()[which]]
 
 
-def _decide(seen: Seen, targets: _Targets, doubt: Int[Tensor, "2 t"], sums: Sums) -> Int[Tensor, "2 0"]:
+def _decide(seen: Seen, targets: _Targets, doubts: list[Doubts], sums: Sums) -> list[Doubts]:
     """Measure the points in doubt, and add those that are nearer than their target, and those tied with it, to sums.
 
     Args:
         seen: All measures of the rows.
         targets: What is ranked.
-        doubt: Targets, by their place among all, and points that may be as near.
+        doubts: What may be as near.
         sums: How many points are nearer than each target, and how many as near.
 
     Returns:
         What is left in doubt, nothing.
     """
     space, point, count = seen.space, targets.flat[0], targets.point.shape[1]
-    which, near = doubt
+    which, near = torch.cat(doubts, 1)
     nearer, tied = (total.view(-1) for total in sums)
     other = near != point[which]
     which, near = which[other], near[other]
@@ -149,19 +165,26 @@ def _decide(seen: Seen, targets: _Targets, doubt: Int[Tensor, "2 t"], sums: Sums
     measure, amount = space.exact(seen.rows[which // count], near), space.repeats[near].double()
     nearer.index_add_(0, which, amount * (measure < goal * (1 - TIE)))
     tied.index_add_(0, which, amount * ((measure - goal).abs() <= goal * TIE))
-    return doubt[:, :0]
+    return []
 
 
-def _narrowed(seen: Seen, targets: _Targets, doubt: tuple[Tensor, Tensor], nearer: Tensor) -> tuple[Tensor, Tensor]:
+def _narrowed(seen: Seen, targets: _Targets, doubts: tuple[Tensor, Tensor], nearer: Tensor) -> tuple[Tensor, Tensor]:
     """Add what products in float64 show to be nearer, and return what they leave in doubt."""
     space, point, count = seen.space, targets.flat[0], targets.point.shape[1]
-    which, near = doubt
+    which, near = doubts
     measured, inverse = which.unique(return_inverse=True)
     rows, goals = seen.rows[measured // count], point[measured]
-    goal = space.fine(rows, goals)
+    # All pairs of a row together.
+    order = torch.cat([measured, which]).sort(stable=True).indices
+    pairs = torch.cat([rows, seen.rows[which // count]])[order], torch.cat([goals, near])[order]
+    goal, measure = (
+        torch.empty_like(order, dtype=torch.float64)
+        .scatter_(0, order, space.fine(*pairs))
+        .split([len(goals), len(near)])
+    )
     reach = space.ceiling(rows, goal.unsqueeze(1), goals.unsqueeze(1), torch.float64)
     slack = 2 * space.slack(rows, reach.squeeze(1), torch.float64)[inverse]
-    gap = space.fine(seen.rows[which // count], near) - goal[inverse]
+    gap = measure - goal[inverse]
     nearer.index_add_(0, which, space.repeats[near].double() * (gap < -slack))
     kept = gap.abs() <= slack
     return which[kept], near[kept]

@@ -14,7 +14,7 @@ from tdprobe.stats.order import smallest
 from tdprobe.stats.precision import at_once
 
 # Most rows in a block, and bytes for all blocks that are needed at once.
-BLOCK, BUDGET = 256, 128 * 2**20
+BLOCK, BUDGET = 512, 256 * 2**20
 
 
 @dataclass

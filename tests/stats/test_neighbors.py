@@ -302,15 +302,32 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
     rows = list(hard_layers()[kind])
     found = {}
     for bound in (1, 99):
-        monkeypatch.setattr("tdprobe.stats.ranks_of_one.SORTED", bound)
+        monkeypatch.setattr("tdprobe.stats.ranks_of_one.sorting_pays_from", lambda device, bound=bound: bound)
         found[bound] = Neighbors(imbalance=True).of_rows(rows).imbalance
     assert torch.equal(found[1], found[99])
     assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
 
 
+@pytest.mark.parametrize("doubtful", [0, 1e9], ids=["float64", "float32"])
+def test_layers_that_share_little_take_products_in_float64_and_give_the_same(doubtful, monkeypatch):
+    monkeypatch.setattr(seen, "BLOCK", 100)
+    monkeypatch.setattr("tdprobe.stats.partners.DOUBTFUL", doubtful)
+    blocks, block = [], Space.block
+    monkeypatch.setattr(
+        Space, "block", lambda self, *given, **how: blocks.append(self.dtype) or block(self, *given, **how)
+    )
+    x = torch.randn(3, 300, 40, generator=torch.Generator().manual_seed(0)).unbind()
+    found = Neighbors((1, 3), imbalance=True).of_rows(x)
+    assert blocks[:3] == 3 * [torch.float32]
+    assert set(blocks[3:]) == {torch.float32 if doubtful else torch.float64}
+    for a, b in ((0, 1), (1, 2), (2, 0)):
+        assert float(found.imbalance[a, b]) == pytest.approx(imbalance(x[a], x[b]), abs=1e-12)
+    torch.testing.assert_close(found.distances[1], neighbour_distances(x[1], (1, 3)), rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("bound", [1, 99], ids=["sorting", "counting"])
 def test_what_float32_keeps_of_nearly_equal_distances_is_told_apart_by_products(bound, monkeypatch):
-    monkeypatch.setattr("tdprobe.stats.ranks_of_one.SORTED", bound)
+    monkeypatch.setattr("tdprobe.stats.ranks_of_one.sorting_pays_from", lambda device: bound)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0)).double()
     x = torch.eye(60, dtype=torch.float64) * (1 + 1e-8 * order.unsqueeze(1) / 60)
     measured, exact = [], Space.exact
