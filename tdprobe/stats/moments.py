@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -22,6 +24,7 @@ from tdprobe.stats.state import (
     working_dtype,
 )
 from tdprobe.stats.strips import plus_product
+from tdprobe.stats.together import each_layer
 
 
 class MomentsState(State):
@@ -43,12 +46,15 @@ class MomentsState(State):
         check_widths([mu.unsqueeze(-2) for mu in theirs], [tuple(mu.shape) for mu in ours])
         n = self.n + other.n
         share = other.n / n.clamp(min=1).double()
-        gaps = [b - a for a, b in zip(ours, theirs, strict=True)]
-        scatters = []
-        for a, b, gap in zip(layer_list(self.scatters), layer_list(other.scatters), gaps, strict=True):
-            scatters.append((a + b).addcmul_((self.n * share * gap).unsqueeze(-1), gap.unsqueeze(-2)))
-        mu = by_layer(a + share * gap for a, gap in zip(ours, gaps, strict=True))
-        return MomentsState(n=n, mu=mu, scatters=by_layer(scatters))
+
+        def joined(mu: Tensor, new: Tensor, scatter: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+            gap = new - mu
+            scatter = (scatter + added).addcmul_((self.n * share * gap).unsqueeze(-1), gap.unsqueeze(-2))
+            return mu + share * gap, scatter
+
+        scatters = layer_list(self.scatters), layer_list(other.scatters)
+        mu, joint = each_layer(joined, lambda mu: 32 * mu.numel() * mu.shape[-1], ours, theirs, *scatters)
+        return MomentsState(n=n, mu=by_layer(mu), scatters=by_layer(joint))
 
 
 @dataclass(frozen=True)
@@ -97,13 +103,13 @@ class Moments(Statistic):
         n = rows[0].shape[-2]
         if n == 0:
             return state
-        # One layer at a time: centred copies of all of them would be the largest thing in memory.
-        layers = zip(rows, layer_list(state.mu), layer_list(state.scatters), strict=True)
-        mu, scatters = zip(*(self._with(x, *kept, state.n) for x, *kept in layers), strict=True)
+        # Not all layers at a time: centred copies of all of them would be the largest thing in memory.
+        kept = layer_list(state.mu), layer_list(state.scatters)
+        mu, scatters = each_layer(partial(self._with, before=state.n), _nbytes, rows, *kept)
         return MomentsState(n=state.n + n, mu=by_layer(mu), scatters=by_layer(scatters))
 
     def _with(self, x: Tensor, mu: Tensor, scatter: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the rows of one layer to the moments of as many rows as came before."""
+        """Add the rows of one layer, or of each of some, to the moments of as many rows as came before."""
         x = unit_rows(x) if self.normalize_rows else x
         n, d = x.shape[-2:]
         share = n / (before + n).double()
@@ -112,6 +118,11 @@ class Moments(Statistic):
         # One more row adds what Chan's formula adds for the gap between the means.
         y[..., n, :] = (before * share).sqrt() * gap
         return mu + share * gap, plus_product(scatter, y, y)
+
+
+def _nbytes(x: Tensor) -> int:
+    """Return what copies of rows take as they are and in float64, with two scatter matrices."""
+    return (8 + x.element_size()) * x.numel() + 16 * prod(x.shape[:-2]) * x.shape[-1] ** 2
 
 
 def unit_rows(x: Float[Tensor, "*lead n d"]) -> Float[Tensor, "*lead n d"]:
