@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tdprobe._types import Float
 from tdprobe.errors import ConfigError
+from tdprobe.stats.gram_layers import BLOCK, Layers, factors_of
 from tdprobe.stats.precision import at_once, summed_dtype
 from tdprobe.stats.state import State, Statistic, check_widths, undisturbed, working_dtype
+from tdprobe.stats.together import together
 
-# Rows of a tile: enough for the product to run at full speed, and few enough to skip the lower triangle.
-BLOCK = 128
 # Bytes for the tiles of all layers together.
 BUDGET = 64 * 2**20
 
@@ -153,29 +153,19 @@ def gram_products(rows: Sequence[Tensor], unbiased: bool = True) -> Float[Tensor
     return _products(rows, unbiased)[0]
 
 
-class _Layer(NamedTuple):
-    """Rows of a layer with what centres them, so that no centred copy of all rows is ever made."""
-
-    rows: Tensor
-    coarse: Tensor
-    rest: Tensor
-
-    def centred(self, start: int, stop: int, out: Tensor) -> Tensor:
-        y = torch.sub(self.rows[start:stop], self.coarse, out=out[: stop - start, : self.rows.shape[1]])
-        return y.sub_(self.rest)
-
-
 def _products(rows: Sequence[Tensor], unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype = rows[0].shape[0], summed_dtype(rows)
     if unbiased and n < 4:
         raise ConfigError(
             f"got {n} rows; unbiased CKA compares at least 4 at a time: give more or longer texts, or larger batches"
         )
-    layers, spread, power = zip(*(_prepare(x, dtype) for x in rows), strict=True)
-    spread, power = torch.stack(spread), torch.stack(power)
+    # Rows as they are, and those of two sides of a tile twice.
+    groups = together(rows, lambda x: x.numel() * (x.element_size() + 4 * dtype.itemsize))
+    layers = [Layers([rows[place] for place in group], dtype) for group in groups]
+    spread, power = (torch.cat([getattr(some, name).reshape(-1) for some in layers]) for name in ("spread", "power"))
     # Squares of Gram entries leave float32 long before entries do, so Grams are scaled to a unit diagonal.
     scale = torch.where(spread > 0, n / spread, 1.0).clamp(max=1e37)
-    off, k = _tiled(layers, scale.tolist(), dtype)
+    off, k = _tiled(layers, scale, dtype)
     kl = k @ k.mT
     if unbiased:
         total = k.sum(1)
@@ -183,46 +173,36 @@ def _products(rows: Sequence[Tensor], unbiased: bool) -> tuple[Tensor, Tensor, T
         products = off / (n * (n - 3))
     else:
         products = off + kl
-    return products / torch.outer(scale, scale), spread, power
-
-
-def _prepare(x: Tensor, dtype: torch.dtype) -> tuple[_Layer, Tensor, Tensor]:
-    """Find the column means in two steps (see `state.centre`) without a copy of the rows."""
-    n = x.shape[0]
-    coarse = x.mean(0, dtype=dtype)
-    rest = torch.zeros_like(coarse)
-    square = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in x.split(at_once(4 * BLOCK, x.device)):
-        y = part - coarse
-        rest += y.sum(0)
-        square += torch.linalg.vector_norm(y).double() ** 2
-    rest /= n
-    spread = (square - n * rest.double().square().sum()).clamp(min=0)
-    power = spread + n * (coarse.double() + rest.double()).square().sum()
-    return _Layer(x, coarse, rest), spread, power
+    products /= torch.outer(scale, scale)
+    # From the order of the groups into that of the rows.
+    order = [place for group in groups for place in group]
+    if order == sorted(order):
+        return products, spread, power
+    places = torch.tensor(order, device="cpu").argsort().to(products.device)
+    return products[places][:, places], spread[places], power[places]
 
 
 def _tiled(
-    layers: Sequence[_Layer], scale: list[float], dtype: torch.dtype
+    layers: Sequence[Layers], scale: Float[Tensor, " l"], dtype: torch.dtype
 ) -> tuple[Float[Tensor, "l l"], Float[Tensor, "l n"]]:
     """Walk the upper triangle of tiles: off-diagonal products of the scaled Grams, and their diagonals."""
-    count, n = len(layers), layers[0].rows.shape[0]
-    width, device = max(layer.rows.shape[1] for layer in layers), layers[0].rows.device
+    count, n, device = len(scale), layers[0].rows[0].shape[0], scale.device
+    width = max(some.rows[0].shape[1] for some in layers)
     block, budget = min(at_once(BLOCK, device), n), at_once(BUDGET, device)
     columns = min(n, max(block, budget // (count * block * dtype.itemsize)))
     store = torch.empty(count * block * columns, dtype=dtype, device=device)
-    left = torch.empty(block, width, dtype=dtype, device=device)
-    right = torch.empty(columns, width, dtype=dtype, device=device)
+    memory = [torch.empty(size, width, dtype=dtype, device=device) for size in (block, columns)]
     total = torch.zeros(count, count, dtype=torch.float64, device=device)
     diagonal = torch.empty(count, n, dtype=torch.float64, device=device)
+    sizes = [len(some.rows) for some in layers]
+    factors = factors_of(scale.split(sizes), dtype)
     for i in range(0, n, block):
         high = min(i + block, n)
         for j in range(i, n, columns):
             wide = min(j + columns, n)
             tile = store[: count * (high - i) * (wide - j)].view(count, high - i, wide - j)
-            for layer, factor, out in zip(layers, scale, tile, strict=True):
-                a, b = layer.centred(i, high, left), layer.centred(j, wide, right)
-                out.addmm_(a, b.mT, beta=0, alpha=factor)
+            for some, factor, out in zip(layers, factors, tile.split(sizes), strict=True):
+                some.gram(slice(i, high), slice(j, wide), factor, memory, out)
             if i == j:
                 diagonal[:, i:high] = _halve_square(tile[:, :, : high - i])
             flat = tile.flatten(1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdprobe.stats import Moments, State, Statistic, load_state, together
+from tdprobe.stats import Gram, Moments, State, Statistic, load_state, together
 
-STATISTICS = [Moments(), Moments(normalize_rows=True)]
+STATISTICS = [Moments(), Moments(normalize_rows=True), Gram(), Gram(unbiased=False)]
 # Several layers of a shape, not side by side, one that is alone, and one without columns.
 WIDTHS = (3, 5, 3, 3, 1, 5, 0, 3)
 ROOMY = 2**28
