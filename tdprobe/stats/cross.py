@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf, prod
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from tdprobe.stats.precision import summed_dtype
 from tdprobe.stats.sketch import sketch_map
 from tdprobe.stats.state import Statistic, by_layer, centre, check_widths, layer_list, undisturbed, working_dtype
 from tdprobe.stats.strips import plus_product
+from tdprobe.stats.together import apart, stacked, together
 
 # Rows that are centred at a time: few enough to stay in cache, enough to make a product worth its sum.
 TILE = 2048
@@ -131,73 +133,110 @@ class Cross(Statistic):
         if self.unbiased or state.unbiased:
             return state.merge(self._batch(state, rows, torch.full_like(state.n, n), precision, dtype))
         mu, seen = layer_list(state.mu), state.n
-        cross = state.cross
-        buffers = _empty(rows, dtype, state.columns, min(n, TILE) + 1)
+        cross, groups = state.cross, self._groups(rows, dtype)
+        buffers = _empty(rows, groups, dtype, state.columns, min(n, TILE) + 1)
         for start in range(0, n, TILE):
             tile = [x[..., start : start + TILE, :] for x in rows]
             parts = [x[..., : tile[0].shape[-2] + 1, :] for x in buffers]
-            seen, mu = self._beside_gap(tile, parts, seen, mu)
+            mu = self._beside_gap(tile, groups, parts, seen, mu)
+            seen = seen + tile[0].shape[-2]
             # What was given keeps its value; what was made here needs no copy.
-            cross = _added(cross, parts, into_new=start == 0)
+            cross = _added(cross, groups, parts, into_new=start == 0)
         return state.replaced(n=seen, mu=by_layer(mu), cross=TensorDict(cross), precision=precision)
 
+    def _groups(self, rows: Sequence[Tensor], dtype: torch.dtype) -> list[list[int]]:
+        """Say which layers go together; each sketch has a map of its own."""
+        widest = max(self._columns(x.shape[-1]) for x in rows)
+
+        def nbytes(x: Tensor) -> float:
+            products = (8 + dtype.itemsize) * prod(x.shape[:-2]) * x.shape[-1] * widest
+            return x.numel() * x.element_size() + products if self._columns(x.shape[-1]) == x.shape[-1] else inf
+
+        return together(rows, nbytes)
+
     def _beside_gap(
-        self, rows: Sequence[Tensor], parts: Sequence[Tensor], seen: Tensor, old: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Write to ``parts`` what ``seen`` rows of means ``old`` gain by more; return the number and means of all.
+        self,
+        rows: Sequence[Tensor],
+        groups: Sequence[list[int]],
+        parts: Sequence[Tensor],
+        seen: Tensor,
+        old: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Write to ``parts`` what ``seen`` rows of means ``old`` gain by more; return the means of all.
 
         The gap of the means enters the merged products like one more row.
         """
-        n = rows[0].shape[-2]
+        n, mu = rows[0].shape[-2], list(old)
         share = n / (seen + n).double()
-        new = self._centre(rows, [part[..., :n, :] for part in parts])
-        gaps = [b - a for a, b in zip(old, new, strict=True)]
-        for part, gap in zip(parts, gaps, strict=True):
-            part[..., n, :] = gap * (seen * share).sqrt()
-        return seen + n, [a + share * gap for a, gap in zip(old, gaps, strict=True)]
+        weight = (seen * share).sqrt()
+        for group, part in zip(groups, parts, strict=True):
+            means = stacked(old, group)
+            gap = self._centre(rows, group, part[..., :n, :]) - means
+            part[..., n, :] = gap * weight
+            for place, mean in zip(group, apart(means + share * gap, group), strict=True):
+                mu[place] = mean
+        return mu
 
     def _batch(
         self, state: CrossState, rows: Sequence[Tensor], n: Tensor, precision: Tensor, dtype: torch.dtype
     ) -> CrossState:
         """Return the state of one update, with the sums behind the unbiased product."""
-        parts = _empty(rows, dtype, state.columns, rows[0].shape[-2])
-        mu = self._centre(rows, parts)
+        groups = self._groups(rows, dtype)
+        stacks = _empty(rows, groups, dtype, state.columns, rows[0].shape[-2])
+        means = [self._centre(rows, group, stack) for group, stack in zip(groups, stacks, strict=True)]
+        mu, parts = _by_place(groups, means), _by_place(groups, stacks)
         nothing = torch.zeros((), dtype=torch.float64, device=rows[0].device)
         zeros = {key: nothing.expand_as(state.cross[key]) for _, _, key in pairs(len(rows))}
         k = torch.stack([torch.linalg.vector_norm(y, dim=-1).square() for y in parts], -1)
         return state.replaced(
             n=n,
             mu=by_layer(mu),
-            cross=TensorDict(_added(zeros, parts, into_new=True)),
+            cross=TensorDict(_added(zeros, groups, stacks, into_new=True)),
             cubic=by_layer((y.mT @ k).double() for y in parts),
             quartic=k.double().mT @ k.double(),
             precision=precision,
         )
 
-    def _centre(self, rows: Sequence[Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Write the centred rows of each layer to ``parts``, and return their means."""
-        mu = []
-        for layer, (x, part) in enumerate(zip(rows, parts, strict=True)):
-            width, kept = x.shape[-1], part.shape[-1]
-            if kept == width:
-                means = centre(x, part.dtype, part)[1]
+    def _centre(self, rows: Sequence[Tensor], group: list[int], part: Tensor) -> Tensor:
+        """Write the centred rows of a group of layers to ``part``, and return their means."""
+        x, kept = stacked(rows, group), part.shape[-1]
+        if kept == x.shape[-1]:
+            return centre(x, part.dtype, part)[1]
+        y, means = centre(x, part.dtype)
+        w = sketch_map(x.shape[-1], kept, self.seed, group[0]).to(x.device)
+        torch.matmul(y, w.to(part.dtype), out=part)
+        return means @ w.double()
+
+
+def _empty(
+    rows: Sequence[Tensor], groups: Sequence[list[int]], dtype: torch.dtype, columns: Sequence[int], n: int
+) -> list[Tensor]:
+    """Return room for n rows of each layer, by group."""
+    shapes = [(*[len(group)] * (len(group) > 1), *rows[group[0]].shape[:-2], n, columns[group[0]]) for group in groups]
+    return [rows[group[0]].new_empty(shape, dtype=dtype) for group, shape in zip(groups, shapes, strict=True)]
+
+
+def _by_place(groups: Sequence[list[int]], stacks: Sequence[Tensor]) -> list[Tensor]:
+    """Return what belongs to each layer, in their order."""
+    both = zip(groups, stacks, strict=True)
+    layers = {place: x for group, stack in both for place, x in zip(group, apart(stack, group), strict=True)}
+    return [layers[place] for place in range(len(layers))]
+
+
+def _added(
+    cross: Mapping[str, Tensor] | TensorDict, groups: Sequence[list[int]], stacks: Sequence[Tensor], *, into_new: bool
+) -> dict[str, Tensor]:
+    """Add the products of all pairs to their sums, in place or into new tensors; those with a group in one step."""
+    found, parts = {}, _by_place(groups, stacks)
+    for i, x in enumerate(parts):
+        for group, stack in zip(groups, stacks, strict=True):
+            if group[-1] < i:
+                continue
+            keys = [f"{i}-{j}" for j in group if j >= i]
+            if len(keys) == 1:
+                old = cross[keys[0]]
+                found[keys[0]] = plus_product(old, x, parts[group[-1]], out=None if into_new else old)
             else:
-                y, means = centre(x, part.dtype)
-                w = sketch_map(width, kept, self.seed, layer).to(x.device)
-                torch.matmul(y, w.to(part.dtype), out=part)
-                means = means @ w.double()
-            mu.append(means)
-        return mu
-
-
-def _empty(rows: Sequence[Tensor], dtype: torch.dtype, columns: Sequence[int], n: int) -> list[Tensor]:
-    """Return room for n rows of each layer."""
-    return [x.new_empty((*x.shape[:-2], n, kept), dtype=dtype) for x, kept in zip(rows, columns, strict=True)]
-
-
-def _added(cross: Mapping[str, Tensor] | TensorDict, parts: Sequence[Tensor], *, into_new: bool) -> dict[str, Tensor]:
-    """Add the products of all pairs to their sums, in place or into new tensors."""
-    return {
-        key: plus_product(cross[key], parts[i], parts[j], out=None if into_new else cross[key])
-        for i, j, key in pairs(len(parts))
-    }
+                old, y = torch.stack([cross[key] for key in keys]), stack[-len(keys) :]
+                found |= zip(keys, plus_product(old, x.expand(len(y), *x.shape), y, out=old).unbind(), strict=True)
+    return {key: found[key] for _, _, key in pairs(len(parts))}

@@ -17,7 +17,7 @@ def room(device: torch.device) -> int:
     return 0 if device.type == "cpu" else ROOM
 
 
-def together(layers: Iterable[Tensor], nbytes: Callable[[Tensor], int]) -> list[list[int]]:
+def together(layers: Iterable[Tensor], nbytes: Callable[[Tensor], float]) -> list[list[int]]:
     """Group the places of layers of one shape, dtype and device; on the CPU every layer is alone.
 
     Args:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdprobe.stats import Gram, Moments, State, Statistic, load_state, together
+from tdprobe.stats import Cross, Gram, Moments, State, Statistic, load_state, together
 
-STATISTICS = [Moments(), Moments(normalize_rows=True), Gram(), Gram(unbiased=False)]
+STATISTICS = [
+    *(Moments(), Moments(normalize_rows=True), Gram(), Gram(unbiased=False)),
+    *(Cross(), Cross(unbiased=True)),
+]
 # Several layers of a shape, not side by side, one that is alone, and one without columns.
 WIDTHS = (3, 5, 3, 3, 1, 5, 0, 3)
 ROOMY = 2**28
