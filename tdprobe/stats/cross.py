@@ -204,7 +204,7 @@ class Cross(Statistic):
             return centre(x, part.dtype, part)[1]
         y, means = centre(x, part.dtype)
         w = sketch_map(x.shape[-1], kept, self.seed, group[0]).to(x.device)
-        torch.matmul(y, w.to(part.dtype), out=part)
+        part.copy_(y @ w.to(part.dtype))
         return means @ w.double()
 
 

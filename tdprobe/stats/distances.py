@@ -78,7 +78,7 @@ class Space:
 
     @property
     def _rows_at_once(self) -> int:
-        return max(1, at_once(STEP, self.rows.device) // self.rows.shape[1])
+        return max(1, at_once(STEP, self.rows.device, 64) // self.rows.shape[1])
 
     @cached_property
     def dtype(self) -> torch.dtype:

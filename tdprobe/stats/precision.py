@@ -15,9 +15,9 @@ ROWS, INNER, COLUMNS = 256, 128, 2048
 MORE = 8
 
 
-def at_once(numbers: int, device: torch.device) -> int:
-    """Return how many numbers to take in one step, given how many a CPU takes."""
-    return numbers if device.type == "cpu" else MORE * numbers
+def at_once(numbers: int, device: torch.device, more: int = MORE) -> int:
+    """Return how many numbers to take in one step, given how many a CPU takes, and how many times that a GPU does."""
+    return numbers if device.type == "cpu" else more * numbers
 
 
 def float32_is_exact(device: torch.device) -> bool:

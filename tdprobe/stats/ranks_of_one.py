@@ -12,6 +12,7 @@ from torch import Tensor
 from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import TIE
 from tdprobe.stats.order import parted, sort_in_place, sorting_pays_from
+from tdprobe.stats.precision import at_once
 from tdprobe.stats.seen import Seen
 
 # Numbers that are looked at together, which stay in the cache.
@@ -38,7 +39,7 @@ def ranks_of_one(seen: Seen, other: Int[Tensor, "r l"]) -> Float[Tensor, "r l"]:
     for doubts in _among_all(seen, targets, far, sums):
         held.append(doubts)
         # They are few as a rule, and measured together; where points are tied they may be all.
-        if sum(some.shape[1] for some in held) > HELD:
+        if sum(some.shape[1] for some in held) > at_once(HELD, point.device):
             held = _decide(seen, targets, held, sums)
     _decide(seen, targets, held, sums)
     copies, (nearer, tied) = (space.repeats[own] - 1).double(), sums
@@ -154,7 +155,7 @@ def _decide(seen: Seen, targets: _Targets, doubts: list[Doubts], sums: Sums) -> 
         What is left in doubt, nothing.
     """
     space, point, count = seen.space, targets.flat[0], targets.point.shape[1]
-    which, near = torch.cat(doubts, 1)
+    which, near = doubt = torch.cat(doubts, 1)
     nearer, tied = (total.view(-1) for total in sums)
     other = near != point[which]
     which, near = which[other], near[other]
@@ -165,7 +166,7 @@ def _decide(seen: Seen, targets: _Targets, doubts: list[Doubts], sums: Sums) -> 
     measure, amount = space.exact(seen.rows[which // count], near), space.repeats[near].double()
     nearer.index_add_(0, which, amount * (measure < goal * (1 - TIE)))
     tied.index_add_(0, which, amount * ((measure - goal).abs() <= goal * TIE))
-    return []
+    return [doubt[:, :0]]
 
 
 def _narrowed(seen: Seen, targets: _Targets, doubts: tuple[Tensor, Tensor], nearer: Tensor) -> tuple[Tensor, Tensor]:

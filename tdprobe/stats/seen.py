@@ -94,7 +94,7 @@ class Memory:
         some = next(iter(spaces.values()))
         widest, total = (of(space.points for space in spaces.values()) for of in (max, sum))
         each = all_layers * (4 if some.p == 2 else 8)
-        block, budget = (at_once(number, some.rows.device) for number in (BLOCK, BUDGET))
+        block, budget = (at_once(number, some.rows.device, 4) for number in (BLOCK, BUDGET))
         self.size = max(16, min(block, budget // (8 * widest + each * total)))
         once = torch.empty(self.size * widest, dtype=torch.float64, device=some.rows.device)
         self._once, self._held = once, {}

@@ -200,3 +200,15 @@ def test_an_unbiased_state_serves_a_biased_stream():
 )
 def test_a_statistic_covers_what_keeps_no_more(one, other, covers):
     assert one.covers(other) is covers
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_a_sketch_of_several_data_sets_is_that_of_each(unbiased):
+    x = [torch.randn(2, 20, width, generator=torch.Generator().manual_seed(width)).double() for width in (9, 7)]
+    statistic, ids = Cross(unbiased, sketch=4), torch.arange(20)
+    both = statistic.update(statistic.init(x, ids), x, ids)
+    for index in range(2):
+        rows = [part[index] for part in x]
+        alone = statistic.update(statistic.init(rows, ids), rows, ids)
+        torch.testing.assert_close(both.cross["0-1"][index], alone.cross["0-1"])
+        torch.testing.assert_close(both.hsic[index], alone.hsic)

@@ -308,6 +308,16 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
     assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
 
 
+@pytest.mark.parametrize("p", [2.0, float("inf")])
+@pytest.mark.parametrize("kind", ["related", "lattice", "tight clusters"])
+def test_doubts_may_be_decided_some_at_a_time(kind, p, monkeypatch):
+    rows = list(hard_layers()[kind])
+    expected = Neighbors(imbalance=True, p=p).of_rows(rows).imbalance
+    monkeypatch.setattr(ranks_of_one, "HELD", 0)
+    monkeypatch.setattr(ranks_of_one, "COMPARED", 1000)
+    assert torch.equal(Neighbors(imbalance=True, p=p).of_rows(rows).imbalance, expected)
+
+
 @pytest.mark.parametrize("doubtful", [0, 1e9], ids=["float64", "float32"])
 def test_layers_that_share_little_take_products_in_float64_and_give_the_same(doubtful, monkeypatch):
     monkeypatch.setattr(seen, "BLOCK", 100)
