@@ -79,18 +79,35 @@ def test_torchrun_gives_what_one_process_gives(run: Run, root: Path, tmp_path: P
     assert "4/4" in result.stderr and "8/8" not in result.stderr and "error" not in result.stderr
 
 
-def test_a_process_that_dies_takes_the_others_along_but_not_their_work(run: Run, root: Path, tmp_path: Path) -> None:
+# torchrun tells the others to end when one has died, whatever they are at by then.
+TOLD = {"when it comes": "", "at an error": "Sharing, 'kept'", "at the end": "dist, 'destroy_process_group'"}
+
+
+@pytest.mark.parametrize("when", TOLD)
+def test_a_process_that_dies_takes_the_others_along_but_not_their_work(
+    run: Run, root: Path, tmp_path: Path, when: str
+) -> None:
+    told = f"told_in({TOLD[when]})\n" if TOLD[when] else ""
     dying = tmp_path / "dying.py"
     dying.write_text(
         "import os, signal\n"
+        "import torch.distributed as dist\n"
         "from tdprobe.__main__ import main\n"
         "from tdprobe.compare.parts import PartFolder\n"
+        "from tdprobe.compare.sharing import Sharing\n"
         "write = PartFolder.write\n"
         "def killed(self, unit, part):\n"
         "    write(self, unit, part)\n"
         "    if unit == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "PartFolder.write = killed\n"
+        "def told_in(owner, name):\n"
+        "    function = getattr(owner, name)\n"
+        "    def told(*args):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        return function(*args)\n"
+        "    setattr(owner, name, told)\n"
+        f"{told}"
         "main()\n",
         encoding="utf-8",
     )
@@ -99,6 +116,7 @@ def test_a_process_that_dies_takes_the_others_along_but_not_their_work(run: Run,
     assert result.returncode != 0 and "ScoreTable" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert re.match(r"error \(rank 0\): (rank 1 has ended|this process was told to end)", line)
+    assert "OSError" not in result.stderr
     assert f"finished units are in '{tmp_path / 'out' / 'parts'}': the same run goes on from there" in line
     kept = {path.name for path in (tmp_path / "out" / "parts").glob("*.safetensors")}
     assert "part-000001.safetensors" in kept

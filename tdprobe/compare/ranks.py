@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tdprobe.errors import ConfigError, RankError
+from tdprobe.errors import ConfigError, RankError, TdprobeError
 from tdprobe.stats.sync import DEFAULT_TIMEOUT, receive_bytes, send_bytes
 from tdprobe.tables import ScoreTable
 
@@ -176,13 +177,25 @@ def launched_ranks(device: str | None, timeout: float) -> Generator[str | None]:
     before = _when_told_to_end(_told_to_end)
     try:
         yield device
+    except BaseException:
+        # The signal of torchrun may still be to come, before the user has seen the error. Python complains of SIG_IGN
+        # where one is just coming.
+        before = _no_news
+        raise
     finally:
         _when_told_to_end(before)
         dist.destroy_process_group()
 
 
 def _told_to_end(*_: Any) -> None:
+    # An error that is on its way already says more.
+    if isinstance(sys.exception(), (TdprobeError, KeyboardInterrupt)):
+        return
     raise RankError("this process was told to end, as torchrun does when another one has ended; see what that printed")
+
+
+def _no_news(*_: Any) -> None:
+    """Go on to the end."""
 
 
 def _when_told_to_end(handler: Any) -> Any:
