@@ -7,12 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tdprobe._types import Float
+from tdprobe._types import Bool, Float, Int
 from tdprobe.stats.distances import EXACT_BLOCK, TIE
 from tdprobe.stats.partners import Partners
 from tdprobe.stats.precision import at_once
 from tdprobe.stats.ranks_of_one import ranks_of_one
 from tdprobe.stats.seen import Seen
+
+# Partners up to which they are ranked one by one, rows in which that is done together, and the share of neighbours as
+# near as the next one beyond which it is not: there each partner would have many others to be compared with.
+MOST, ROWS, CROWDED = 1024, 64, 0.5
 
 
 def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]:
@@ -29,17 +33,65 @@ def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]
     n, counts = len(seen.space.rows), torch.stack([found.counts for found in partners], 1)
     # Where all other rows are tied, their mean rank is the same in every layer.
     ranks = torch.full(counts.shape, n / 2, dtype=torch.float64, device=counts.device)
-    single = (counts == 1) & (counts < n - 1)
+    other = torch.stack([found.first for found in partners], 1)
+    single = _one_point(seen.space.own, other, partners) & (counts < n - 1)
     if bool(single.any()):
-        other = torch.stack([found.first for found in partners], 1)
         ranks = torch.where(single, ranks_of_one(seen, other), ranks)
-    several = (counts > 1) & (counts < n - 1)
+    several = ~single & (counts < n - 1)
+    if bool(several.any()):
+        apart = several & ((counts <= MOST) & ~_crowded(seen).unsqueeze(1))
+        ranks = torch.where(apart, _sums_one_by_one(seen, partners, apart) / counts, ranks)
+        several &= ~apart
     for column in several.any(0).nonzero().flatten().tolist():
         (some,) = several[:, column].nonzero().unbind(1)
         most = max(seen.space.points, int(counts[some, column].max()))
         for part in some.split(max(1, at_once(EXACT_BLOCK, some.device) // most)):
             ranks[part, column] = _ranks_of_several(seen, partners[column], part)
     return ranks
+
+
+def _one_point(own: Int[Tensor, "n"], other: Int[Tensor, "r l"], partners: Sequence[Partners]) -> Bool[Tensor, "r l"]:
+    """Tell whether all partners of a row are one point, as copies of one text are: they share a rank."""
+    out = torch.ones_like(other, dtype=torch.bool)
+    row, later = (torch.cat(part) for part in zip(*(found.later for found in partners), strict=True))
+    column = torch.tensor([len(found.later[0]) for found in partners], device=row.device)
+    column = torch.arange(len(partners), device=row.device).repeat_interleave(column)
+    apart = own[later] != own[other[row, column]]
+    out[row[apart], column[apart]] = False
+    return out
+
+
+def _crowded(seen: Seen) -> Bool[Tensor, "r"]:
+    """Tell where points are as far as one another, up to what measures may be off, so often that all are in doubt."""
+    slack = seen.slack(seen.near[:, -1].double() + seen.offset)
+    return (seen.near.diff(dim=1) <= 2 * slack.unsqueeze(1)).double().mean(1) > CROWDED
+
+
+def _sums_one_by_one(seen: Seen, partners: Sequence[Partners], apart: Bool[Tensor, "r l"]) -> Float[Tensor, "r l"]:
+    """Rank every partner as if it were the only one, and sum the ranks of those of a row in each layer.
+
+    Args:
+        seen: Measures of the rows.
+        partners: The nearest of the rows in each layer.
+        apart: In which layers the partners of a row are asked for; other sums are 0.
+    """
+    total = torch.zeros(apart.shape, dtype=torch.float64, device=apart.device)
+    parts = [(found.row, torch.full_like(found.row, column), found.other) for column, found in enumerate(partners)]
+    row, column, other = (torch.cat(part) for part in zip(*parts, strict=True))
+    kept = apart[row, column]
+    row, order = row[kept].sort(stable=True)
+    column, other = column[kept][order], other[kept][order]
+    lengths = torch.bincount(row, minlength=len(apart))
+    starts = lengths.cumsum(0) - lengths
+    # Rows with about as many partners together, so that little is padded.
+    (some,) = lengths.nonzero().unbind(1)
+    for rows in some[lengths[some].argsort()].split(at_once(ROWS, some.device)) if len(some) else ():
+        count = lengths[rows].unsqueeze(1)
+        within = torch.arange(int(count.max()), device=row.device)
+        place, real = starts[rows].unsqueeze(1) + torch.minimum(within, count - 1), within < count
+        found = ranks_of_one(seen.some(rows), other[place])
+        total[rows] = torch.zeros_like(total[rows]).scatter_add_(1, column[place], found * real)
+    return total
 
 
 def _ranks_of_several(seen: Seen, partners: Partners, some: Tensor) -> Tensor:

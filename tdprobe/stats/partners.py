@@ -36,6 +36,12 @@ class Partners:
         """The first one of each row, ``(r,)``."""
         return self.other[self.counts.cumsum(0) - self.counts]
 
+    @cached_property
+    def later(self) -> tuple[Tensor, Tensor]:
+        """All but the first one of each row: which of the rows they belong to, and which they are."""
+        chosen = self.other != self.first[self.row]
+        return self.row[chosen], self.other[chosen]
+
 
 def partners_of(space: Space, rows: Int[Tensor, "r"], nearest: Nearest) -> Partners:
     """Turn the nearest points of rows into rows: a row's own copies where there are any, else those of the points."""

@@ -308,6 +308,25 @@ def test_counting_and_sorting_give_the_same_ranks(kind, products, monkeypatch):
     assert float(found[1][0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", hard_layers())
+def test_partners_ranked_one_by_one_and_together_have_the_same_ranks(kind, products, monkeypatch):
+    rows = list(hard_layers()[kind])
+    found = {}
+    for crowded in (-1, 2):
+        monkeypatch.setattr("tdprobe.stats.mean_ranks.CROWDED", crowded)
+        found[crowded] = Neighbors(imbalance=True).of_rows(rows).imbalance
+    torch.testing.assert_close(found[-1], found[2], rtol=1e-14, atol=0)
+    assert float(found[2][1, 0]) == pytest.approx(imbalance(*rows[::-1]), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["repeated", "repeated in both"])
+def test_copies_are_not_compared_with_all_points(kind, products, monkeypatch):
+    monkeypatch.setattr("tdprobe.stats.mean_ranks._ranks_of_several", None)
+    rows = list(hard_layers()[kind])
+    found = Neighbors(imbalance=True).of_rows(rows).imbalance
+    assert float(found[0, 1]) == pytest.approx(imbalance(*rows), abs=1e-9)
+
+
 @pytest.mark.parametrize("p", [2.0, float("inf")])
 @pytest.mark.parametrize("kind", ["related", "lattice", "tight clusters"])
 def test_doubts_may_be_decided_some_at_a_time(kind, p, monkeypatch):
