@@ -57,3 +57,17 @@ def smollm2_texts(count: int) -> list[dict[str, Tensor]]:
     """Return batches of the shipped corpus, whole texts, padded."""
     found = hf.batches(hf.read_texts("demo"), _demo().tokenizer, batch_size=BATCH, max_length=4 * TOKENS)
     return [dict(batch.inputs) for batch in islice(found, count)]
+
+
+@torch.no_grad()
+def layer_rows(setup: Setup, count: int) -> list[Tensor]:
+    """Return what every layer gives for the first tokens of the shipped corpus, ``(count, d)``; of a toy, any ids."""
+    model: Any = language_model(setup)
+    parts, found = [], 0
+    for batch in random_batches(model, 1) if setup.tiny else smollm2_texts(count // BATCH):
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        parts.append([x[real] for x in model(**batch, output_hidden_states=True, use_cache=False).hidden_states[1:]])
+        found += int(real.sum())
+        if found >= count:
+            break
+    return [torch.cat(x)[:count] for x in zip(*parts, strict=True)]
