@@ -16,7 +16,7 @@ from tdprobe.stats.seen import Seen
 
 # Partners up to which they are ranked one by one, rows in which that is done together, and the share of neighbours as
 # near as the next one beyond which it is not: there each partner would have many others to be compared with.
-MOST, ROWS, CROWDED = 1024, 64, 0.5
+MOST, ROWS, CROWDED = 256, 64, 0.5
 
 
 def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]:
@@ -33,13 +33,14 @@ def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]
     n, counts = len(seen.space.rows), torch.stack([found.counts for found in partners], 1)
     # Where all other rows are tied, their mean rank is the same in every layer.
     ranks = torch.full(counts.shape, n / 2, dtype=torch.float64, device=counts.device)
-    other = torch.stack([found.first for found in partners], 1)
-    single = _one_point(seen.space.own, other, partners) & (counts < n - 1)
+    several = (counts > 1) & (counts < n - 1)
+    alike = _one_point(seen.space.own, partners, several)
+    single, several = (counts == 1) & (counts < n - 1) | alike, several & ~alike
     if bool(single.any()):
+        other = torch.stack([found.first for found in partners], 1)
         ranks = torch.where(single, ranks_of_one(seen, other), ranks)
-    several = ~single & (counts < n - 1)
-    if bool(several.any()):
-        apart = several & ((counts <= MOST) & ~_crowded(seen).unsqueeze(1))
+    apart = several & (counts <= MOST) & ~_crowded(seen).unsqueeze(1)
+    if bool(apart.any()):
         ranks = torch.where(apart, _sums_one_by_one(seen, partners, apart) / counts, ranks)
         several &= ~apart
     for column in several.any(0).nonzero().flatten().tolist():
@@ -50,14 +51,14 @@ def mean_ranks(seen: Seen, partners: Sequence[Partners]) -> Float[Tensor, "r l"]
     return ranks
 
 
-def _one_point(own: Int[Tensor, "n"], other: Int[Tensor, "r l"], partners: Sequence[Partners]) -> Bool[Tensor, "r l"]:
-    """Tell whether all partners of a row are one point, as copies of one text are: they share a rank."""
-    out = torch.ones_like(other, dtype=torch.bool)
-    row, later = (torch.cat(part) for part in zip(*(found.later for found in partners), strict=True))
-    column = torch.tensor([len(found.later[0]) for found in partners], device=row.device)
-    column = torch.arange(len(partners), device=row.device).repeat_interleave(column)
-    apart = own[later] != own[other[row, column]]
-    out[row[apart], column[apart]] = False
+def _one_point(
+    own: Int[Tensor, "n"], partners: Sequence[Partners], several: Bool[Tensor, "r l"]
+) -> Bool[Tensor, "r l"]:
+    """Tell which of several partners are all one point, as copies are in every layer: they share a rank."""
+    out = several.clone()
+    for column in several.any(0).nonzero().flatten().tolist():
+        row, other = partners[column].of(several[:, column])
+        out[row[own[other] != own[partners[column].first[row]]], column] = False
     return out
 
 
@@ -73,19 +74,19 @@ def _sums_one_by_one(seen: Seen, partners: Sequence[Partners], apart: Bool[Tenso
     Args:
         seen: Measures of the rows.
         partners: The nearest of the rows in each layer.
-        apart: In which layers the partners of a row are asked for; other sums are 0.
+        apart: In which layers the partners of a row are asked for, at least once; other sums are 0.
     """
     total = torch.zeros(apart.shape, dtype=torch.float64, device=apart.device)
-    parts = [(found.row, torch.full_like(found.row, column), found.other) for column, found in enumerate(partners)]
-    row, column, other = (torch.cat(part) for part in zip(*parts, strict=True))
-    kept = apart[row, column]
-    row, order = row[kept].sort(stable=True)
-    column, other = column[kept][order], other[kept][order]
+    asked = apart.any(0).nonzero().flatten().tolist()
+    parts = [partners[column].of(apart[:, column]) for column in asked]
+    row, order = torch.cat([row for row, _ in parts]).sort(stable=True)
+    other = torch.cat([other for _, other in parts])[order]
+    column = torch.cat([torch.full_like(row, column) for (row, _), column in zip(parts, asked, strict=True)])[order]
     lengths = torch.bincount(row, minlength=len(apart))
     starts = lengths.cumsum(0) - lengths
     # Rows with about as many partners together, so that little is padded.
     (some,) = lengths.nonzero().unbind(1)
-    for rows in some[lengths[some].argsort()].split(at_once(ROWS, some.device)) if len(some) else ():
+    for rows in some[lengths[some].argsort()].split(at_once(ROWS, some.device)):
         count = lengths[rows].unsqueeze(1)
         within = torch.arange(int(count.max()), device=row.device)
         place, real = starts[rows].unsqueeze(1) + torch.minimum(within, count - 1), within < count

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tdprobe._types import Int
+from tdprobe._types import Bool, Int
 from tdprobe.stats.distances import Space
 from tdprobe.stats.nearest import Nearest
 
@@ -36,10 +36,9 @@ class Partners:
         """The first one of each row, ``(r,)``."""
         return self.other[self.counts.cumsum(0) - self.counts]
 
-    @cached_property
-    def later(self) -> tuple[Tensor, Tensor]:
-        """All but the first one of each row: which of the rows they belong to, and which they are."""
-        chosen = self.other != self.first[self.row]
+    def of(self, rows: Bool[Tensor, "r"]) -> tuple[Tensor, Tensor]:
+        """Return ``row`` and ``other`` for some rows only."""
+        chosen = rows[self.row]
         return self.row[chosen], self.other[chosen]
 
 
