@@ -110,8 +110,9 @@ class MleDimensionEstimator(NeighborDimension):
         valid = counted(table, self.k)
         logs = torch.zeros_like(table.at(1))
         for rank in range(1, self.k):
-            logs += table.at(rank).log()
-        inverse = (table.at(self.k).log() - logs / (self.k - 1)).clamp(min=0)
+            # Of ratios, whose logarithm is 0 where distances are equal.
+            logs += (table.at(self.k) / table.at(rank)).log()
+        inverse = logs / (self.k - 1)
         pointwise = torch.where(table.at(self.k) < torch.inf, 1 / inverse, torch.nan)
         score = self._combined(inverse.masked_fill(~valid, torch.nan))
         return self._scores(
