@@ -39,6 +39,12 @@ def imbalance(x, y, p=2.0):
     return 2 * total / n**2
 
 
+def few_of_many(n, width, active, generator):
+    """Return rows of zeros and as many ones, such as codes of a sparse autoencoder say what is active."""
+    places = torch.rand(n, width, generator=generator).topk(active).indices
+    return torch.zeros(n, width).scatter_(1, places, 1.0)
+
+
 def hard_layers(n=150):
     """Return pairs of layers by what is hard about them."""
     g = torch.Generator().manual_seed(0)
@@ -57,6 +63,8 @@ def hard_layers(n=150):
         "repeated": (base[torch.randint(0, n // 3, (n,), generator=g)], normal(n, 3)),
         "repeated in both": (base[torch.arange(n) % 60], normal(n, 3)[torch.arange(n) % 60 // 2]),
         "binary": (normal(n, 3).sign(), normal(n, 9).sign()),
+        "one-hot": (torch.eye(n), 3 * torch.eye(n).roll(7, 0)),
+        "few of many": (few_of_many(n, 12, 3, g), few_of_many(n, 90, 5, g)),
         "constant": (torch.ones(n, 3), base),
         "nearly repeated": (base[torch.arange(n) % 40], base[torch.arange(n) % 40] + 1e-7 * normal(n, 5)),
         "near duplicates": (pairs + 1e-6 * normal(n // 2 * 2, 5), base),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from tdprobe._types import Float, Int
+from tdprobe.stats.differences import differences_at
 from tdprobe.stats.middle import centre_of_most
 from tdprobe.stats.order import distinct_rows
 from tdprobe.stats.precision import at_once, float32_is_exact
-from tdprobe.stats.products import SLICE, Centred, in_float64, in_slices, products_at
+from tdprobe.stats.products import SLICE, Centred, exact_in_float64, in_float64, in_slices, products_at
 
 # Numbers in one step of differences, which stay in the cache.
 STEP = 2**16
@@ -30,7 +32,8 @@ class Space:
 
     The distinct rows are called points. A *measure* grows with the distance, so that it can stand for it:
     squared and scaled by `scale` squared for p = 2, the distance itself otherwise. `block` is fast and comes
-    with a bound, `slack`, on how far it may be off; `exact` and `exact_block` sum differences in float64.
+    with a bound, `slack`, on how far it may be off; `exact` and `exact_block` sum differences in float64,
+    or take products in float64 where those round nothing.
 
     Args:
         rows: ``(n, d)`` real and finite.
@@ -171,34 +174,38 @@ class Space:
         Fastest where all pairs of a row stand together.
         """
         if self.p != 2:
-            return self.exact(rows, points)
+            return self._from_differences(rows, points)
         some, place, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
         if len(rows) * PAIR_COST > 2 * len(some) * self.points:
             return self.block(some, torch.float64)[place, points]
         if self.rows.device.type != "cpu":
-            return self.exact(rows, points)
+            return self._from_differences(rows, points)
         return products_at(self._turned(some), self._far, counts, points)
 
     def exact(self, rows: Int[Tensor, "m"], points: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
-        """Return the measures of pairs of a row and a point, float64, from the differences of given values."""
-        out = torch.empty(len(rows), dtype=torch.float64, device=self.rows.device)
-        for start in range(0, len(rows), self._rows_at_once):
-            part = slice(start, start + self._rows_at_once)
-            gap = self.rows.index_select(0, rows[part]).double()
-            gap.sub_(self.rows.index_select(0, self.first[points[part]]))
-            # Only numbers beyond float32 may leave float64 when squared.
-            gap = gap.mul_(self.scale) if self.rows.dtype == torch.float64 else gap
-            out[part] = torch.linalg.vector_norm(gap, self.p, dim=1)
-        if self.p == 2:
-            out = out.square_() if self.rows.dtype == torch.float64 else out.mul_(self.scale).square_()
-        return out
+        """Return the measures of pairs of a row and a point, float64, as the differences of given values have them."""
+        if self.nothing_rounds:
+            return self.fine(rows, points).masked_fill_(self.own[rows] == points, 0)
+        return self._from_differences(rows, points)
+
+    def _from_differences(self, rows: Int[Tensor, "m"], points: Int[Tensor, "m"]) -> Float[Tensor, "m"]:
+        return differences_at(self.rows, (rows, self.first[points]), self.p, self.scale, self._rows_at_once)
 
     def exact_block(self, rows: Int[Tensor, "r"]) -> Float[Tensor, "r u"]:
         """Return the measures of some rows to all points, float64; the row's own point is at infinity."""
+        if self.nothing_rounds:
+            return self.block(rows, torch.float64)
         mode = "donot_use_mm_for_euclid_dist"
         out = torch.cdist(self._wide[self.own[rows]], self._wide, self.p, compute_mode=mode)
         out = out.mul_(self.scale).square_() if self.p == 2 else out
         return out.scatter_(1, self.own[rows].unsqueeze(1), torch.inf)
+
+    @cached_property
+    def nothing_rounds(self) -> bool:
+        """Tell whether products in float64 stand for differences, as those of one-hot, binary and integer rows do."""
+        # Other rows show by the first one as a rule.
+        parts = chain((self.middle, self.rows[:1]), self.rows.split(self._rows_at_once))
+        return self.p == 2 and exact_in_float64((part.double() * self.scale for part in parts), self._longest)
 
     def distance(self, measure: Tensor) -> Tensor:
         """Turn measures into distances."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import product as pairs_of
@@ -16,6 +18,8 @@ from tdprobe.stats.precision import at_once
 
 # Columns of one product and of one tile: short sums round less, and a tile stays in the cache meanwhile.
 SLICE, TILE = 128, 1024
+# Digits of float64, in bits.
+DIGITS = 53
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,20 @@ def in_float64(points: Centred, kept: int, size: int) -> tuple[Float[Tensor, "k 
         squares[part] = x.square().sum(1)
     out[:, width], out[:, width + 1] = squares[:kept], 1
     return out, squares.sqrt_()
+
+
+def exact_in_float64(parts: Iterable[Float[Tensor, "..."]], longest: float) -> bool:
+    """Tell whether squared distances by products in float64 are exact, as those of integers are.
+
+    Args:
+        parts: All entries of the rows and of their origin, scaled by a power of two, looked at until some tell.
+        longest: Length of the longest row from the origin.
+    """
+    if longest == 0:
+        return False
+    # All that is summed is a multiple of the square of this unit then, and at most (|x| + |y|)^2.
+    unit = 2.0 ** (math.frexp(2 * longest)[1] - DIGITS // 2)
+    return all(bool((part / unit == (part / unit).round()).all()) for part in parts)
 
 
 def in_slices(rows: Centred, points: Centred, squares: Float[Tensor, "u"], out: Float[Tensor, "r u"]) -> None:

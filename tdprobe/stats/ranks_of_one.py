@@ -159,7 +159,7 @@ def _decide(seen: Seen, targets: _Targets, doubts: list[Doubts], sums: Sums) -> 
     nearer, tied = (total.view(-1) for total in sums)
     other = near != point[which]
     which, near = which[other], near[other]
-    if seen.block.dtype == torch.float32:
+    if seen.block.dtype == torch.float32 and not space.nothing_rounds:
         which, near = _narrowed(seen, targets, (which, near), nearer)
     measured, inverse = which.unique(return_inverse=True)
     goal = space.exact(seen.rows[measured // count], point[measured])[inverse]

@@ -19,6 +19,25 @@ from tdprobe.stats.order import parted, smallest
 LAYERS = hard_layers()
 SINGLE = {f"{name}, {side}": pair[side == "b"] for name, pair in LAYERS.items() for side in "ab"}
 RANKS = (1, 2, 7, 20)
+INTEGERS = torch.randint(-128, 128, (60, 30), generator=torch.Generator().manual_seed(0))
+# Rows whose entries are multiples of some number that is not too small, and rows that almost are such rows.
+GRIDS = {
+    "one-hot": torch.eye(40) / 3,
+    "binary": (INTEGERS > 0).float(),
+    "integers": INTEGERS.float(),
+    "far off": INTEGERS.double() + 2.0**20 + 0.5,
+    "huge": INTEGERS.double() * 2.0**900,
+    "tiny": INTEGERS.double() * 2.0**-900,
+    "half precision": INTEGERS.half() / 64,
+    "repeated": INTEGERS[:7].repeat(3, 1).bfloat16(),
+}
+ROUNDED = {
+    "thirds": INTEGERS.double() / 3,
+    "one entry": torch.where(torch.arange(60).unsqueeze(1) == 59, 1e-6, 0.0) + INTEGERS.double(),
+    "far too wide": torch.cat([INTEGERS.double(), 2.0**30 + INTEGERS.double()]),
+    "gaussian": LAYERS["ordinary"][1],
+    "constant": torch.ones(9, 2),
+}
 
 
 @pytest.fixture(params=[2, 10**9], ids=["float32", "float64"])
@@ -94,6 +113,22 @@ class TestExactness:
         x = torch.randint(-9, 9, (200, 30), generator=torch.Generator().manual_seed(1)).double()
         squares = (x.unsqueeze(1) - x).square().sum(2).fill_diagonal_(torch.inf).sort(1).values
         assert torch.equal(Neighbors((1, 5)).of_rows([x + offset]).distances[0], squares[:, [0, 4]].sqrt())
+
+    @pytest.mark.parametrize("name", GRIDS)
+    def test_products_that_round_nothing_stand_for_differences(self, name, products):
+        x = GRIDS[name]
+        space, rows = Space(x), torch.arange(len(x))
+        assert space.nothing_rounds
+        scaled = space.scale * x.double()
+        exact = (scaled.unsqueeze(1) - scaled[space.first]).square().sum(2)
+        row, point = torch.ones_like(exact).nonzero().unbind(1)
+        assert torch.equal(space.exact(row, point).view_as(exact), exact)
+        exact[rows, space.own] = torch.inf
+        assert torch.equal(space.exact_block(rows), exact)
+
+    @pytest.mark.parametrize("name", ROUNDED)
+    def test_products_that_round_are_told(self, name):
+        assert not Space(ROUNDED[name]).nothing_rounds
 
     def test_lower_precision_of_products_is_noticed(self, monkeypatch):
         x, y = LAYERS["ordinary"]
