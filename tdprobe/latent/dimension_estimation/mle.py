@@ -108,12 +108,13 @@ class MleDimensionEstimator(NeighborDimension):
         self._require(state, self.k + 1, f"k={self.k}")
         table = as_neighbors(state, self.derivation(state))
         valid = counted(table, self.k)
-        logs = torch.zeros_like(table.at(1))
+        farthest = table.at(self.k).log()
+        logs = torch.zeros_like(farthest)
         for rank in range(1, self.k):
-            # Of ratios, whose logarithm is 0 where distances are equal.
-            logs += (table.at(self.k) / table.at(rank)).log()
+            # One by one, so that equal distances add exactly 0.
+            logs += farthest - table.at(rank).log()
         inverse = logs / (self.k - 1)
-        pointwise = torch.where(table.at(self.k) < torch.inf, 1 / inverse, torch.nan)
+        pointwise = torch.where(farthest < torch.inf, 1 / inverse, torch.nan)
         score = self._combined(inverse.masked_fill(~valid, torch.nan))
         return self._scores(
             table,
