@@ -32,6 +32,12 @@ def imbalance_alone(n: int) -> None:
     one_shot("information_imbalance", gaussian(n), gaussian(n, seed=1))
 
 
+def binary_codes(n: int, seed: int) -> Tensor:
+    """Return rows of zeros and 16 ones, such as say which latents of a sparse autoencoder are active."""
+    active = gaussian(n, seed=seed).topk(16).indices
+    return torch.zeros(n, WIDTH).scatter_(1, active, 1.0)
+
+
 def together(layers: Sequence[Tensor]) -> None:
     """Score a bank with all six, as a stream does."""
     statistic, ids = Reservoir(len(layers[0])), torch.arange(len(layers[0]))
@@ -62,6 +68,8 @@ def one_pass(layers: Sequence[Tensor], imbalance: bool) -> NeighborTable:
         "six over 30 products": Bar("ratio"),
         # Layers of a model agree on most nearest rows. Here each has its own, which the others rank one by one.
         "six over distances, unrelated layers": Bar("ratio"),
+        # Rows of which 16 columns are 1 and the others 0: a third of all points are as far as the one to rank.
+        "imbalance of binary codes over two products": Bar("ratio"),
     },
 )
 def neighbor_table(setup: Setup) -> dict[str, Measured]:
@@ -80,6 +88,10 @@ def neighbor_table(setup: Setup) -> dict[str, Measured]:
     times = interleave(_joint(layers), few)
     unrelated = [gaussian(rows, layers[0].shape[1], seed) for seed in range(len(layers))]
     apart = interleave({name: call for name, call in _joint(unrelated).items() if name in ("distances", "six")}, 1)
+    codes = [binary_codes(rows, seed) for seed in range(2)]
+    tied = interleave(
+        {"floors": lambda: floor(codes), "imbalance": lambda: one_shot("information_imbalance", *codes)}, few
+    )
     return {
         "twonn over one product": Measured(single["twonn"], single["floor"]),
         "mle over one product": Measured(single["mle"], single["floor"]),
@@ -90,6 +102,7 @@ def neighbor_table(setup: Setup) -> dict[str, Measured]:
         "six over these and ranks elsewhere": Measured(times["six"], times["table"]),
         "six over 30 products": Measured(times["six"], times["floor"]),
         "six over distances, unrelated layers": Measured(apart["six"], apart["distances"]),
+        "imbalance of binary codes over two products": Measured(tied["imbalance"], tied["floors"]),
     }
 
 
